@@ -1,0 +1,1 @@
+"""Self-supervised visual pre-training in JAX."""

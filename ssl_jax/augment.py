@@ -1,0 +1,345 @@
+"""Augmentations on the device: torchvision's operations on float images, as pure functions of (key, image, numbers).
+
+Every operation takes one planar image, float [C, H, W] with values in [0, 1] and C = 1 or 3, and is vmapped over the
+batch by `make_views`. Planes come first because colour operations mix whole planes: XLA's CPU code for them is several
+times faster than with channels last. The public border, `make_views` and `evaluation_view`, is [..., H, W, C].
+
+A view is described by data, `View(...)`, so that a recipe's config shows its paper's table; one function executes it.
+References: torchvision `transforms.v2.functional` (tensor path) and Pillow's `Resample.c`, `BoxBlur.c`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_HIGHEST = lax.Precision.HIGHEST  # Pixels to 1e-5: the default is bfloat16 products on a TPU, TF32 on a GPU.
+_TRIES = 10  # torchvision's, in RandomResizedCrop.get_params
+
+
+class View(NamedTuple):
+  """One augmented view: random-resized-crop, flip, colour jitter, grayscale, blur, solarize, normalise, in this order.
+
+  Attributes:
+    size: side of the square that comes out, pixels.
+    scale, ratio: ranges of the crop's share of the image's area and of its width / height.
+    interpolation: "bilinear" or "bicubic", both antialiased as in Pillow.
+    flip: probability of a horizontal flip.
+    jitter: strengths of brightness, contrast, saturation and hue; applied with probability `jitter_p`, in random order.
+    gray_p: probability of dropping the colour.
+    blur_p, blur_kind, blur_sigma, blur_kernel: probability; "gaussian" (torchvision's, with `blur_kernel` taps) or
+      "pil" (Pillow's GaussianBlur, three box blurs); range of the standard deviation.
+    solarize_p: probability of inverting every value >= `solarize_threshold`.
+    mean, std: normalisation by channel, last; an empty tuple leaves [0, 1].
+  """
+
+  size: int
+  scale: tuple[float, float] = (0.08, 1.0)
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  interpolation: str = "bilinear"
+  flip: float = 0.5
+  jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+  jitter_p: float = 0.8
+  gray_p: float = 0.0
+  blur_p: float = 0.0
+  blur_kind: str = "gaussian"
+  blur_sigma: tuple[float, float] = (0.1, 2.0)
+  blur_kernel: int = 23
+  solarize_p: float = 0.0
+  solarize_threshold: float = 128 / 255
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
+
+
+class EvaluationView(NamedTuple):
+  """What the encoder sees in evaluation: short side to `resize`, centre crop of `size`, normalise; None leaves it out."""
+
+  resize: int | None = None
+  size: int | None = None
+  interpolation: str = "bicubic"
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
+
+
+def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
+  """One random key an example, a function of the seed, the step and the position in the global batch alone.
+
+  Args:
+    seed: the run's seed.
+    step: int scalar.
+    positions: int [b], where the examples stand in the global batch.
+
+  Returns:
+    Typed threefry keys [b], the same however many devices share the batch.
+  """
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+  return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+
+
+def make_views(keys: jax.Array, images: jax.Array, views: Sequence[View]) -> tuple[jax.Array, ...]:
+  """Draws every view of every image.
+
+  Args:
+    keys: typed keys [b], one an example (`example_keys`).
+    images: uint8 [b, H, W, C].
+    views: descriptions. View i of an example depends on its key and i only.
+
+  Returns:
+    A tuple with one float32 [v, b, size, size, C] array a resolution, in order of first appearance.
+  """
+  planar = jnp.moveaxis(images, -1, 1).astype(jnp.float32) / 255
+  drawn = {}
+  for view in dict.fromkeys(views):  # Equal descriptions are one computation over (view, example).
+    indices = [i for i, other in enumerate(views) if other == view]
+    one = lambda key, image, i, view=view: apply_view(jax.random.fold_in(key, i), image, view)
+    batch = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)), in_axes=(None, None, 0))
+    drawn.update(zip(indices, jnp.moveaxis(batch(keys, planar, jnp.array(indices)), 2, -1), strict=True))
+  sizes = dict.fromkeys(view.size for view in views)
+  return tuple(jnp.stack([drawn[i] for i, view in enumerate(views) if view.size == size]) for size in sizes)
+
+
+def apply_view(key: jax.Array, image: jax.Array, view: View) -> jax.Array:
+  """One view of one planar image: float [C, H, W] in [0, 1] -> float [C, size, size]."""
+  # One draw of uniforms serves all decisions: a threefry call costs more to compile than everything it decides.
+  u = iter(jax.random.uniform(key, (2 * _TRIES + 20,)))
+  take = lambda n: jnp.stack([next(u) for _ in range(n)])
+
+  box = crop_box(take(2 * _TRIES + 2), image.shape[1:], view.scale, view.ratio)
+  image = resized_crop(image, box, view.size, view.interpolation, flip=next(u) < view.flip)
+  image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
+  if any(view.jitter):
+    brightness, contrast, saturation, hue = view.jitter
+    draws = take(9)
+    factors = [_between(d, max(0.0, 1 - s), 1 + s) for d, s in zip(draws[:3], view.jitter[:3], strict=True)]
+    hue_shift = _between(draws[3], -hue, hue)
+    order = jnp.argsort(draws[4:8])  # all 24 orders are equally likely
+    image = jnp.where(draws[8] < view.jitter_p, color_jitter(image, factors, hue_shift, order), image)
+  if view.gray_p and image.shape[0] == 3:
+    image = jnp.where(next(u) < view.gray_p, grayscale(image), image)
+  if view.blur_p:
+    sigma = _between(next(u), *view.blur_sigma)
+    if view.blur_kind == "pil":
+      blurred = pil_blur(image, sigma, max_sigma=view.blur_sigma[1])
+    else:
+      blurred = gaussian_blur(image, sigma, view.blur_kernel)
+    image = jnp.where(next(u) < view.blur_p, blurred, image)
+  if view.solarize_p:
+    image = jnp.where(next(u) < view.solarize_p, solarize(image, view.solarize_threshold), image)
+  return normalize(image, view.mean, view.std)
+
+
+def evaluation_view(images: jax.Array, view: EvaluationView) -> jax.Array:
+  """Resizes, crops the centre and normalises: uint8 [b, H, W, C] -> float32 [b, h, w, C]."""
+  height, width = images.shape[1:3]
+  scale = 1.0 if view.resize is None else view.resize / min(height, width)
+  resized = (height, width) if view.resize is None else (int(height * scale), int(width * scale))
+  crop = resized if view.size is None else (view.size, view.size)
+  start = [round((r - c) / 2) for r, c in zip(resized, crop, strict=True)]
+  if min(start) < 0:
+    raise ValueError(f"evaluation view: a centre crop of {view.size} does not fit in an image of {resized}.")
+  x = images.astype(jnp.float32) / 255
+  if view.resize is not None:
+    rows, columns = (
+      _resize_weights(jnp.float32(0), jnp.float32(n), n, r, view.interpolation)[s : s + c]
+      for n, r, s, c in zip((height, width), resized, start, crop, strict=True)
+    )
+    x = jnp.einsum("yh,bhwc->bywc", rows, x, precision=_HIGHEST)
+    x = jnp.clip(jnp.einsum("xw,bywc->byxc", columns, x, precision=_HIGHEST), 0, 1)
+  else:
+    x = x[:, start[0] : start[0] + crop[0], start[1] : start[1] + crop[1]]
+  return jnp.moveaxis(normalize(jnp.moveaxis(x, -1, 0)[:, None], view.mean, view.std)[:, 0], 0, -1)
+
+
+def crop_box(uniforms: jax.Array, image_size: tuple[int, int], scale, ratio) -> jax.Array:
+  """The box of torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest centred one.
+
+  Args:
+    uniforms: float [22] in [0, 1): ten areas, ten ratios, top and left.
+    image_size: (height, width).
+    scale: range of the area as a share of the image's.
+    ratio: range of width / height, drawn evenly in its logarithm.
+
+  Returns:
+    int32 [4]: top, left, height, width.
+  """
+  height, width = image_size
+  area = height * width * _between(uniforms[:_TRIES], *scale)
+  log_ratio = _between(uniforms[_TRIES : 2 * _TRIES], float(np.log(ratio[0])), float(np.log(ratio[1])))
+  w = jnp.round(jnp.sqrt(area * jnp.exp(log_ratio))).astype(jnp.int32)
+  h = jnp.round(jnp.sqrt(area * jnp.exp(-log_ratio))).astype(jnp.int32)
+  fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+  first = jnp.argmax(fits)
+  drawn_h, drawn_w = h[first], w[first]
+  top, left = (
+    jnp.minimum((u * (n + 1)).astype(jnp.int32), n)  # 0 to n inclusive
+    for u, n in zip(uniforms[2 * _TRIES :], (height - drawn_h, width - drawn_w), strict=True)
+  )
+  fallback_h = min(height, round(width / ratio[0]))
+  fallback_w = min(width, round(height * ratio[1]))
+  fallback = [(height - fallback_h) // 2, (width - fallback_w) // 2, fallback_h, fallback_w]
+  return jnp.where(fits[first], jnp.stack([top, left, drawn_h, drawn_w]), jnp.array(fallback))
+
+
+def resized_crop(image: jax.Array, box: jax.Array, size: int, interpolation: str, flip=False) -> jax.Array:
+  """Cuts `box` (top, left, height, width) out of [C, H, W] and resizes it to [C, size, size], antialiased.
+
+  Two small matrix products whose weights stop at the box's edge, as crop-then-resize does. `flip` mirrors the result
+  by reading the columns' weights backwards. Bicubic weights overshoot [0, 1], as torchvision's on tensors do.
+  """
+  top, left, height, width = box
+  rows = _resize_weights(top, height, image.shape[1], size, interpolation)
+  columns = _resize_weights(left, width, image.shape[2], size, interpolation)
+  columns = jnp.where(flip, columns[::-1], columns)
+  out = jnp.einsum("chw,xw->chx", image, columns, precision=_HIGHEST)
+  return jnp.einsum("yh,chx->cyx", rows, out, precision=_HIGHEST)
+
+
+def _resize_weights(start, length, n, size, interpolation):
+  """Weights [size, n] of the antialiased resize of pixels start..start+length to `size` (Pillow, Resample.c)."""
+  if interpolation not in ("bilinear", "bicubic"):
+    raise ValueError(f'interpolation must be "bilinear" or "bicubic", got {interpolation!r}.')
+  scale = length / size
+  # A shrinking filter is stretched by the factor, an enlarging one is not.
+  stretch = jnp.maximum(scale, 1.0)
+  centre = start + (jnp.arange(size) + 0.5) * scale
+  pixel = jnp.arange(n)
+  x = jnp.abs(pixel + 0.5 - centre[:, None]) / stretch
+  if interpolation == "bilinear":
+    w = jnp.maximum(0.0, 1.0 - x)
+  else:  # Keys' cubic with a = -0.5
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    w = jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+  w = jnp.where((pixel >= start) & (pixel < start + length), w, 0.0)
+  return w / jnp.sum(w, axis=1, keepdims=True)
+
+
+def color_jitter(image: jax.Array, factors: Sequence, hue_shift: jax.Array, order: jax.Array) -> jax.Array:
+  """Brightness, contrast, saturation and hue in the given order, each clipped to [0, 1].
+
+  Args:
+    image: float [C, H, W]; with one channel saturation and hue have nothing to act on.
+    factors: brightness, contrast and saturation factors, scalars >= 0.
+    hue_shift: in turns of the colour circle, [-0.5, 0.5].
+    order: int [4], a permutation of 0 (brightness), 1 (contrast), 2 (saturation), 3 (hue).
+
+  Under `vmap` a `lax.switch` would run all four branches in all four places. The first three are one formula,
+  clip(A x + P gray(x) + Q mean(gray(x))), so that only coefficients are picked, and hue is computed once, between them.
+  """
+  factors = jnp.stack([*factors, 1.0])
+  hue_place = jnp.argmax(order == 3)
+
+  def adjust(active):
+    def at(place, x):
+      kind = order[place]
+      a = jnp.where(active(place), factors[kind], 1.0)
+      gray = luma(x)
+      mix = jnp.where(kind == 1, jnp.mean(gray), jnp.where(kind == 2, gray, 0.0))
+      return jnp.where(a == 1, x, jnp.clip(a * x + (1 - a) * mix, 0, 1))
+
+    return at
+
+  # Loops, since XLA would otherwise fuse the places and compute each one's gray again for every plane of the next.
+  image = lax.fori_loop(0, 3, adjust(lambda place: place < hue_place), image)
+  image = adjust_hue(image, hue_shift)
+  return lax.fori_loop(1, 4, adjust(lambda place: place > hue_place), image)
+
+
+def luma(image: jax.Array) -> jax.Array:
+  """The gray value, float [1, H, W], by torchvision's weights; a one-channel image as it is."""
+  if image.shape[0] == 1:
+    return image
+  return (0.2989 * image[0] + 0.587 * image[1] + 0.114 * image[2])[None]
+
+
+def grayscale(image: jax.Array) -> jax.Array:
+  """Drops the colour, keeps the number of channels."""
+  return jnp.broadcast_to(luma(image), image.shape)
+
+
+def adjust_hue(image: jax.Array, shift: jax.Array) -> jax.Array:
+  """Turns the hue of a [3, H, W] image by `shift` turns in HSV; a one-channel image has none."""
+  if image.shape[0] == 1:
+    return image
+  r, g, b = image
+  value = jnp.maximum(jnp.maximum(r, g), b)
+  chroma = value - jnp.minimum(jnp.minimum(r, g), b)
+  d = jnp.where(chroma == 0, 1.0, chroma)
+  sextant = jnp.where(
+    value == r, (g - b) / d, jnp.where(value == g, 2.0 + (b - r) / d, 4.0 + (r - g) / d)
+  )  # hue in sixths of a turn; red wins ties, as in torchvision
+  sextant = sextant + 6.0 * shift
+  # value - chroma * how far the hue is from this channel's colour: HSV back to RGB without branches.
+  planes = [value - chroma * _trapezoid(sextant + n) for n in (5.0, 3.0, 1.0)]
+  return jnp.clip(jnp.stack(planes), 0, 1)
+
+
+def _trapezoid(k):
+  k = k - 6.0 * jnp.floor(k / 6.0)  # jnp.mod is a call to fmod for each pixel on CPUs
+  return jnp.clip(jnp.minimum(k, 4.0 - k), 0, 1)
+
+
+def solarize(image: jax.Array, threshold: float = 128 / 255) -> jax.Array:
+  """Inverts every value at or above the threshold."""
+  return jnp.where(image >= threshold, 1 - image, image)
+
+
+def gaussian_blur(image: jax.Array, sigma: jax.Array, kernel_size: int) -> jax.Array:
+  """torchvision's blur: a sampled Gaussian on `kernel_size` (odd) taps, normalised, reflecting edges."""
+  reach = kernel_size // 2
+  taps = jnp.exp(-0.5 * jnp.square(jnp.arange(-reach, reach + 1) / sigma))
+  taps = taps / jnp.sum(taps)
+  # The edge rule is in the matrix: [H, H] weights that say how much of row h goes into row y.
+  rows, columns = (
+    jnp.einsum("t,tyh->yh", taps, _shifts(n, reach, "reflect"), precision=_HIGHEST) for n in image.shape[1:]
+  )
+  out = jnp.einsum("yh,chw->cyw", rows, image, precision=_HIGHEST)
+  return jnp.einsum("xw,cyw->cyx", columns, out, precision=_HIGHEST)
+
+
+def pil_blur(image: jax.Array, sigma: jax.Array, max_sigma: float = 2.0) -> jax.Array:
+  """Pillow's GaussianBlur(radius=sigma): three passes of an "extended box" along each axis, edges repeated.
+
+  The box has l whole taps on each side and two fractional ones, so that the variance after three passes is sigma^2
+  (Gwosdek et al., 2011; BoxBlur.c). Pillow rounds to uint8 after each pass; here nothing is rounded.
+
+  Args:
+    image: float [C, H, W].
+    sigma: standard deviation, scalar in (0, max_sigma].
+    max_sigma: Python float that bounds the number of taps.
+  """
+  variance = jnp.square(sigma) / 3
+  whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
+  width = 2 * whole + 1
+  part = width * (whole * (whole + 1) - 3 * variance) / (6 * (variance - jnp.square(whole + 1)))
+  reach = int((np.sqrt(4 * max_sigma**2 + 1) - 1) / 2) + 1
+  distance = jnp.abs(jnp.arange(-reach, reach + 1))
+  taps = jnp.where(distance <= whole, 1.0, jnp.where(distance == whole + 1, part, 0.0)) / (width + 2 * part)
+  for axis in (2, 2, 2, 1, 1, 1):
+    pad = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
+    padded = jnp.pad(image, pad, mode="edge")
+    n = image.shape[axis]
+    image = sum(t * lax.slice_in_dim(padded, i, i + n, axis=axis) for i, t in enumerate(taps))
+  return image
+
+
+def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """(x - mean) / std by channel of [C, ...]; empty statistics change nothing."""
+  if not mean:
+    return image
+  shape = (-1,) + (1,) * (image.ndim - 1)
+  return (image - jnp.array(mean).reshape(shape)) / jnp.array(std).reshape(shape)
+
+
+def _shifts(n, reach, mode):
+  """Constant [2 reach + 1, n, n]: which pixel each tap of each output reads, edges included."""
+  padded = np.pad(np.arange(n), reach, mode=mode)
+  source = np.stack([padded[i : i + n] for i in range(2 * reach + 1)])
+  return jnp.asarray(source[..., None] == np.arange(n), jnp.float32)
+
+
+def _between(uniform, low, high):
+  return low + (high - low) * uniform

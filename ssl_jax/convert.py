@@ -1,0 +1,99 @@
+"""Weights to and from PyTorch: state dicts of arrays under torchvision's names, both ways, strict."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+_LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+# Our module names and PyTorch's, where they differ: blocks, shortcuts, and the positions in a projector's Sequential.
+_NAMES = [
+  (r"^layer(\d+)_(\d+)$", r"layer\1.\2"),
+  (r"^downsample_conv$", "downsample.0"),
+  (r"^downsample_bn$", "downsample.1"),
+  (r"^linear(\d+)$", lambda m: str(3 * (int(m[1]) - 1))),
+]
+
+
+def from_torch(state_dict: Mapping[str, Any], variables: Mapping[str, Any], *, prefix: str = "") -> dict:
+  """Converts a PyTorch state dict to the variables of one of our models.
+
+  Args:
+    state_dict: arrays (or CPU tensors) by PyTorch name. `num_batches_tracked` entries are ignored.
+    variables: {"params": ..., "batch_stats": ...} of the model, as arrays or `jax.eval_shape` structures: names, shapes
+      and dtypes to fill.
+    prefix: what the names of this model begin with, e.g. "module.encoder_q."; other entries are ignored.
+
+  Returns:
+    A tree like `variables` with NumPy arrays: convolutions OIHW -> HWIO, matrices [out, in] -> [in, out].
+
+  Raises:
+    ValueError: entries are missing, unexpected or of another shape; at most ten of each are named.
+  """
+  given = {
+    name.removeprefix(prefix): np.asarray(value)
+    for name, value in state_dict.items()
+    if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+  }
+  wanted = {torch_name(path): (path, leaf) for path, leaf in _flatten(variables).items()}
+  out, mismatched = {}, []
+  for name in wanted.keys() & given.keys():
+    path, leaf = wanted[name]
+    value = _to_jax(given[name])
+    if value.shape != leaf.shape:
+      mismatched.append(f"{name}: file {given[name].shape}, model {_to_torch(np.empty(leaf.shape)).shape}")
+    out[path] = value.astype(leaf.dtype)
+  problems = [
+    _list("missing from the state dict", wanted.keys() - given.keys()),
+    _list("unexpected in the state dict", given.keys() - wanted.keys()),
+    _list("of another shape", mismatched),
+  ]
+  if any(problems):
+    raise ValueError("the state dict does not fit the model. " + " ".join(filter(None, problems)))
+  return traverse_util.unflatten_dict(out)
+
+
+def to_torch(variables: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.ndarray]:
+  """The inverse of `from_torch`: {prefix + PyTorch name: array in PyTorch's layout}."""
+  return {prefix + torch_name(path): _to_torch(np.asarray(v)) for path, v in _flatten(variables).items()}
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+  """("params", "layer1_0", "conv1", "kernel") -> "layer1.0.conv1.weight"."""
+  *modules, leaf = path[1:]
+  # A projector is a Sequential of [linear, norm, ReLU] triples; a ResNet's norms keep their names.
+  in_projector = bool(modules) and modules[-1].startswith("bn") and path[1] != modules[-1] and "projector" in modules
+  names = []
+  for module in modules:
+    for pattern, name in _NAMES:
+      module = re.sub(pattern, name, module)
+    names.append(module)
+  if in_projector:
+    names[-1] = str(3 * (int(modules[-1][2:]) - 1) + 1)
+  return ".".join([*names, _LEAVES[leaf]])
+
+
+def _flatten(variables):
+  return traverse_util.flatten_dict(dict(variables))
+
+
+def _to_jax(x):
+  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+
+
+def _to_torch(x):
+  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+
+def _list(what, names):
+  names = sorted(names)
+  more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+  return f"{len(names)} {what}: {', '.join(names[:10])}{more}." if names else ""

@@ -1,0 +1,6 @@
+"""The one exception that the commands print as a line of text."""
+
+
+class UserError(ValueError):
+  """A mistake that the person at the keyboard can mend: train.py prints it as one line, without a
+  traceback."""

@@ -1,0 +1,122 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., 2018, arXiv:1805.01978, section 3.4).
+
+As in eval_knn.py of facebookresearch/dino: cosine similarity, each of the k neighbours votes with exp(similarity / T).
+"""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_QUERY_BLOCK = 1024
+
+
+def knn_predict(
+  bank: jax.Array,
+  bank_labels: jax.Array,
+  queries: jax.Array,
+  *,
+  k: int = 20,
+  temperature: float = 0.07,
+  num_classes: int | None = None,
+  chunk_size: int | None = None,
+  exclude: jax.Array | None = None,
+) -> jax.Array:
+  """Scores each query by the weighted votes of its k nearest bank rows.
+
+  Args:
+    bank: float [B, d] features, normalised inside; a zero row has similarity 0 with everything.
+    bank_labels: int [B], in [0, num_classes).
+    queries: float [Q, d].
+    k: number of neighbours; more than there are is all of them, with a warning.
+    temperature: T > 0 of the votes exp(similarity / T).
+    num_classes: None: the largest label + 1 (not under `jax.jit`).
+    chunk_size: bank rows compared at once; None: 8192. Similarities never take more than [1024, chunk_size + k].
+    exclude: int [Q], a bank row that does not count for this query: itself, where the bank is evaluated on itself.
+
+  Returns:
+    float32 [Q, C]: each class's share of the votes, rows sum to 1. Equal similarities go to the lower bank row; of
+    equal scores take the smaller class, as `jnp.argmax` and `lax.top_k` do.
+
+  Raises:
+    ValueError: shapes that do not fit, a temperature or k out of range, features that are not finite (not checked
+      under `jax.jit`).
+  """
+  if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+    raise ValueError(f"bank and queries must be [B, d] and [Q, d], got {bank.shape} and {queries.shape}.")
+  if bank_labels.shape != bank.shape[:1]:
+    raise ValueError(f"bank_labels must be [{bank.shape[0]}], one a bank row, got {bank_labels.shape}.")
+  if k < 1 or bank.shape[0] < 1:
+    raise ValueError(f"k and the bank must hold at least one, got k={k} and {bank.shape[0]} rows.")
+  if not temperature > 0:
+    raise ValueError(f"temperature must be positive, got {temperature}.")
+  for name, x in (("bank", bank), ("queries", queries)):
+    if not isinstance(x, jax.core.Tracer):
+      bad = int(np.sum(~np.isfinite(np.asarray(x)).all(axis=1)))
+      if bad:
+        raise ValueError(f"{name}: {bad} of {x.shape[0]} rows hold NaN or infinity.")
+  if k > bank.shape[0]:
+    warnings.warn(f"k={k} is more than the bank's {bank.shape[0]} rows; all of them vote.", stacklevel=2)
+    k = bank.shape[0]
+  if num_classes is None:
+    num_classes = int(np.max(np.asarray(bank_labels))) + 1
+  if exclude is None:
+    exclude = jnp.full(queries.shape[:1], -1)
+  return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size or 8192)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size):
+  bank, queries = _unit(bank), _unit(queries)
+  rows = bank.shape[0]
+  chunk = min(chunk_size, rows)
+  starts = jnp.arange(0, rows, chunk)
+
+  def one_block(block):
+    block_queries, block_exclude = block
+
+    def nearer(best, start):
+      # The last chunk is moved back to fit; what it repeats is masked.
+      first = jnp.minimum(start, rows - chunk)
+      index = first + jnp.arange(chunk)
+      part = lax.dynamic_slice_in_dim(bank, first, chunk)
+      similarity = jnp.matmul(block_queries, part.T, precision=lax.Precision.HIGHEST)
+      skip = (index < start) | (index == block_exclude[:, None])
+      similarity = jnp.where(skip, -jnp.inf, similarity)
+      # What was found before comes first: top_k keeps the lower row where similarities are equal.
+      values = jnp.concatenate([best[0], similarity], axis=1)
+      indices = jnp.concatenate([best[1], jnp.broadcast_to(index, similarity.shape)], axis=1)
+      values, at = lax.top_k(values, k)
+      return (values, jnp.take_along_axis(indices, at, axis=1)), None
+
+    n = block_queries.shape[0]
+    nothing = jnp.full((n, k), -jnp.inf), jnp.zeros((n, k), starts.dtype)
+    (similarity, neighbours), _ = lax.scan(nearer, nothing, starts)
+    # Only ratios of votes count: the nearest one's is 1, so that no temperature overflows.
+    nearest = jnp.maximum(similarity[:, :1], -1.0)  # -inf where every row of the bank is excluded
+    votes = jnp.exp((similarity - nearest) / temperature)
+    votes = votes / jnp.maximum(jnp.sum(votes, axis=1, keepdims=True), 1e-30)
+    scores = jnp.zeros((n, num_classes))
+    return scores.at[jnp.arange(n)[:, None], bank_labels[neighbours]].add(votes)
+
+  pad = -queries.shape[0] % min(_QUERY_BLOCK, queries.shape[0])
+  blocks = (
+    jnp.pad(queries, ((0, pad), (0, 0))).reshape(-1, min(_QUERY_BLOCK, queries.shape[0]), queries.shape[1]),
+    jnp.pad(exclude, (0, pad)).reshape(-1, min(_QUERY_BLOCK, queries.shape[0])),
+  )
+  return lax.map(one_block, blocks).reshape(-1, num_classes)[: queries.shape[0]]
+
+
+def accuracy(scores: jax.Array, labels: jax.Array, *, k: int) -> dict[str, float]:
+  """Top-1 and top-5 in percent of scores [Q, C] against labels [Q]; top-5 counts the first min(5, k, C) classes."""
+  _, order = lax.top_k(scores, min(5, scores.shape[1]))
+  hits = np.asarray(order) == np.asarray(labels)[:, None]
+  return {"top1": 100.0 * float(hits[:, 0].mean()), "top5": 100.0 * float(hits[:, : min(5, k)].any(axis=1).mean())}
+
+
+def _unit(x):
+  x = x.astype(jnp.float32)
+  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

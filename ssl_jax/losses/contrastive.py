@@ -1,0 +1,105 @@
+"""Contrastive losses: tell the positive apart from every other example of the (global) batch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def nt_xent(
+  z1: jax.Array,
+  z2: jax.Array,
+  *,
+  temperature: float | jax.Array = 0.1,
+  axis_name: str | None = None,
+  block_size: int | None = None,
+) -> jax.Array:
+  r"""Normalised temperature-scaled cross-entropy between two views of a batch (SimCLR).
+
+  With the 2N views :math:`z` scaled to unit norm inside, and :math:`p(i)` the other view of the image of view i:
+
+  .. math:: L = \frac{1}{2N} \sum_i -\log
+      \frac{\exp(\langle z_i, z_{p(i)} \rangle / \tau)}{\sum_{j \neq i} \exp(\langle z_i, z_j \rangle / \tau)}
+
+  Args:
+    z1: float [N, d], projections of the first views, of any norm. A zero vector normalises to zero.
+    z2: float [N, d], projections of the second views: row i is the positive of row i of `z1`.
+    temperature: tau > 0, a Python number or a traced scalar.
+    axis_name: mapped axis over which the batch is split; the negatives are then those of the global batch. None:
+      the batch that is passed, on one device or as a sharded array under `jax.jit`.
+    block_size: how many rows of the [2N, 2N] similarities exist at once; the others are recomputed in the backward
+      pass, so that memory is O(N d + N block_size). None: all rows.
+
+  Returns:
+    float32 scalar (float64 for float64 inputs), >= 0: the mean over the 2N views of the global batch, the same on
+    every device. Uniform similarities give log(2N - 1). The official code reports and optimises twice this.
+
+  Gradients: over a mapped axis `lax.pmean` of the per-device gradients is the gradient of the returned value. This
+  holds for `jax.pmap`, `jax.vmap` and `jax.shard_map(check_vma=False)`. Under shard_map's default `check_vma=True`
+  make the parameters varying first (`lax.pcast(..., to="varying")`) or leave the pmean out: JAX has summed already.
+
+  Raises:
+    TypeError: an input is not floating point, or the temperature is not a number.
+    ValueError: shapes differ or are not [N, d], the global batch has fewer than two images, the temperature is not
+      positive and finite, or `block_size` is below one.
+
+  Reference: Chen et al., 2020, arXiv:2002.05709, eq. 1; `add_contrastive_loss` in objective.py of
+  google-research/simclr, whose negatives carry their gradient across devices as they do here.
+  """
+  _check_pair("z1", z1, "z2", z2)
+  _check_temperature(temperature)
+  if block_size is not None and block_size < 1:
+    raise ValueError(f"block_size must be at least 1 or None, got {block_size}.")
+  z1, z2 = _unit(z1), _unit(z2)
+  n, first = z1.shape[0], 0
+  everyone = jnp.stack([z1, z2])  # [2, n, d]
+  if axis_name is not None:
+    everyone = lax.all_gather(everyone, axis_name, axis=1, tiled=True)
+    first = lax.axis_index(axis_name) * n
+  n_global = everyone.shape[1]
+  if n_global < 2:
+    raise ValueError(f"nt_xent needs a batch of at least two images for its negatives, got {n_global}.")
+  candidates = everyone.reshape(2 * n_global, -1)
+  image = first + jnp.arange(n)  # where this device's images stand in the global batch
+
+  def cross_entropy(view):
+    z, positive, own = view
+    similarity = z @ candidates.T / temperature
+    # Not an input, but the index says who is oneself: a duplicate image in the batch stays a negative.
+    similarity = jnp.where(jnp.arange(2 * n_global) == own, -jnp.inf, similarity)
+    return jax.nn.logsumexp(similarity) - z @ positive / temperature
+
+  anchors = jnp.concatenate([z1, z2]), jnp.concatenate([z2, z1]), jnp.concatenate([image, image + n_global])
+  with jax.default_matmul_precision("highest"):
+    if block_size is None:
+      losses = jax.vmap(cross_entropy)(anchors)
+    else:
+      losses = lax.map(jax.checkpoint(cross_entropy), anchors, batch_size=block_size)
+  loss = jnp.mean(losses)
+  return loss if axis_name is None else lax.pmean(loss, axis_name)
+
+
+def _check_pair(name1, x1, name2, x2):
+  for name, x in ((name1, x1), (name2, x2)):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+    if x.ndim != 2:
+      raise ValueError(f"{name} must have shape [N, d], got {x.shape}.")
+  if x1.shape != x2.shape:
+    raise ValueError(f"{name1} and {name2} must have one shape, got {x1.shape} and {x2.shape}.")
+
+
+def _check_temperature(temperature):
+  if isinstance(temperature, jax.core.Tracer):
+    return
+  if isinstance(temperature, bool | str) or jnp.ndim(temperature) != 0:
+    raise TypeError(f"temperature must be a positive number, got {temperature!r}.")
+  if not (math.isfinite(temperature) and temperature > 0):
+    raise ValueError(f"temperature must be positive and finite, got {temperature}.")
+
+
+def _unit(x):
+  x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+  # The floor sits inside the root: the gradient at x = 0 is then 0, not NaN.
+  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,129 @@
+"""SimCLR: tell the other view of an image apart from all other images of the batch (Chen et al., 2020, algorithm 1).
+
+Official code: google-research/simclr. Followed where it differs from arXiv:2002.05709: the optimised loss is the sum of
+both directions' means, twice eq. 1 (felt by the parameters that LARS does not adapt), and the projector ends in a batch
+norm without offset. Both views go through one forward pass, so that batch norm cannot tell them apart. Views here are
+torchvision's; the official ones are TensorFlow's.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+from jax import lax
+
+from ssl_jax import models
+from ssl_jax.losses import nt_xent
+from ssl_jax.methods.base import AXIS, Aux, Method
+from ssl_jax.models.heads import SimCLRProjector
+
+# model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
+conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+@struct.dataclass
+class SimCLRState:
+  """Running batch statistics: {"encoder": ..., "projector": ...}, float32."""
+
+  batch_stats: Any
+
+
+class Network(nn.Module):
+  """Encoder, then projector."""
+
+  encoder: nn.Module
+  projector: nn.Module
+
+  def __call__(self, images, *, train):
+    return self.projector(self.encoder(images, train=train), train=train)
+
+
+def simclr(
+  encoder: nn.Module,
+  projector: nn.Module,
+  *,
+  temperature: float = 0.1,
+  axis_name: str | None = None,
+  microbatch: int | None = None,
+) -> Method:
+  """Builds SimCLR.
+
+  Args:
+    encoder, projector: modules called as `module(x, train=...)`; their batch norms take the same `axis_name`.
+    temperature: of `nt_xent`.
+    axis_name: mapped axis over which the batch is split.
+    microbatch: images, of the global batch, whose activations exist at once. The loss still sees the whole batch and
+      its gradient is exact: chunks are encoded one after the other and encoded again in the backward pass. Batch norm
+      then normalises within a chunk (both views of its images), and the running statistics average the chunks'.
+  """
+  network = Network(encoder, projector)
+
+  def forward(params, batch_stats, views):
+    """[2, b, h, w, c] -> projections [2, b, d] and the new running statistics."""
+
+    def encode(images):
+      variables = {"params": params, "batch_stats": batch_stats}
+      z, changed = network.apply(variables, images, train=True, mutable=["batch_stats"])
+      return z, changed.get("batch_stats", {})
+
+    if microbatch is None:
+      z, changed = encode(rearrange(views, "v b h w c -> (v b) h w c"))
+      return rearrange(z, "(v b) d -> v b d", v=2), changed
+    chunk = microbatch // (lax.axis_size(axis_name) if axis_name else 1)
+    chunks = rearrange(views, "v (n m) h w c -> n (v m) h w c", m=chunk)
+    z, changed = lax.map(jax.checkpoint(encode), chunks)
+    return rearrange(z, "n (v m) d -> v (n m) d", v=2), jax.tree.map(lambda x: jnp.mean(x, axis=0), changed)
+
+  def init(key, views):
+    variables = network.init(key, views[0][0], train=True)
+    return variables["params"], SimCLRState(variables.get("batch_stats", {}))
+
+  def loss(params, state, views, keys, step):
+    del keys, step  # No dropout, no schedule.
+    z, batch_stats = forward(params, state.batch_stats, views[0])
+    value = nt_xent(z[0], z[1], temperature=temperature, axis_name=axis_name)
+    embedding = rearrange(z, "v b d -> b v d")
+    return 2 * value, Aux({"loss": value}, averages=batch_stats, examples={"embedding": embedding})
+
+  def update(params, state, aux, step):
+    del params, step
+    return state.replace(batch_stats=aux.averages)
+
+  def encoder_variables(params, state):
+    return {"params": params["encoder"], "batch_stats": state.batch_stats.get("encoder", {})}
+
+  def chance(batch_size):
+    return math.log(2 * batch_size - 1)
+
+  return Method(init, loss, update, encoder_variables, separable=False, chance=chance)
+
+
+def from_config(config: Any, steps: int) -> Method:
+  """Builds SimCLR as a recipe describes it; `steps` is for methods with schedules."""
+  del steps
+  dtype = jnp.dtype(config.dtype)
+  encoder = make_encoder(config)
+  projector = SimCLRProjector(**config.method.projector, axis_name=AXIS, dtype=dtype)
+  return simclr(
+    encoder,
+    projector,
+    temperature=config.method.temperature,
+    axis_name=AXIS,
+    microbatch=config.microbatch,
+  )
+
+
+def make_encoder(config: Any) -> nn.Module:
+  """The recipe's encoder with the official initialisation and shortcuts, for training and for evaluation."""
+  return models.make(
+    config.encoder,
+    conv_init=conv_init,
+    last_scale_init=nn.initializers.zeros,
+    project_first=True,
+    axis_name=AXIS,
+    dtype=jnp.dtype(config.dtype),
+  )

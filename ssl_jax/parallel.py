@@ -1,0 +1,61 @@
+"""One program for one device or a pod of hosts.
+
+A step is written as for `jax.pmap`: per-device code with a named axis. Since JAX 0.8 pmap is `jit(shard_map(...))`
+inside, and JAX asks new code to write the latter; so does `compile_step`. A test runs the same step under pmap.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ssl_jax.methods.base import AXIS, Aux
+
+
+def make_mesh() -> Mesh:
+  """All devices of all processes on one axis."""
+  return Mesh(np.array(jax.devices()), (AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of the state: whole on every device."""
+  return NamedSharding(mesh, P())
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+  """This process's part of a batch, arrays [local_batch, ...], as global arrays that are split over the devices."""
+  sharding = NamedSharding(mesh, P(AXIS))
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def compile_step(step: Callable, mesh: Mesh) -> Callable:
+  """Compiles `step(state, batch) -> (state, metrics)`: state and metrics replicated, batch split, state donated.
+
+  check_vma=False keeps pmap's rule for gradients: `lax.pmean` of the per-device gradients is the gradient of the mean
+  loss. Under the default, JAX would have summed them already.
+  """
+  mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(P(), P()), check_vma=False)
+  return jax.jit(mapped, donate_argnums=0)
+
+
+def compile_map(function: Callable, mesh: Mesh) -> Callable:
+  """Compiles `function(variables, batch) -> outputs`: variables replicated, batch split, outputs gathered."""
+
+  def gathered(variables, batch):
+    return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), function(variables, batch))
+
+  mapped = jax.shard_map(gathered, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False)
+  return jax.jit(mapped)
+
+
+def combine(aux: Aux, axis_name: str) -> Aux:
+  """Combines what each device's loss handed on: averages by pmean, examples by concatenation in global order."""
+  return Aux(
+    metrics=lax.pmean(aux.metrics, axis_name),
+    averages=lax.pmean(aux.averages, axis_name),
+    examples=jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), aux.examples),
+  )

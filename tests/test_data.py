@@ -1,0 +1,683 @@
+"""Reading prepared data sets, preparing Fashion-MNIST, and the order of training."""
+
+import gzip
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from ssl_jax import data
+from ssl_jax.data import prepare
+from ssl_jax.data.fashion_mnist import CLASSES, read_split
+from ssl_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Foreign(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+  """A data set that the library has never heard of: no code of it is needed, nor found, to read it."""
+
+  VERSION = tfds.core.Version("2.1.0")
+
+  def __init__(self, features, examples, **kwargs):
+    self._features, self._examples = features, examples
+    super().__init__(**kwargs)
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(self._features), disable_shuffling=True
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    yield from enumerate(self._examples)
+
+
+def write(data_dir, images, *, labels=None, image=None, label=None):
+  """Prepares `foreign` in `data_dir`, as PNG by default. `image` and `label` are TFDS features."""
+  features = {"image": image or tfds.features.Image(shape=images[0].shape, encoding_format="png")}
+  encode = (lambda x: x) if isinstance(image, tfds.features.Tensor) else png
+  examples = [{"image": encode(x)} for x in images]
+  if labels is not None:
+    features["label"] = label or tfds.features.ClassLabel(num_classes=7)
+    examples = [{**e, "label": y} for e, y in zip(examples, labels, strict=True)]
+  tfds.disable_progress_bar()
+  Foreign(features, examples, data_dir=data_dir, file_format="array_record").download_and_prepare()
+  return data_dir / "foreign" / "2.1.0"
+
+
+def png(image):
+  out = io.BytesIO()
+  PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(out, format="png")
+  return out.getvalue()
+
+
+def draw(*shape, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def write_idx(folder, train=12, test=5, *, plain=False):
+  """A tiny Fashion-MNIST in the published form. Returns its train images and labels."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for prefix, n in (("train", train), ("t10k", test)):
+    images, labels = draw(n, 28, 28, seed=n), (np.arange(n) % 10).astype(np.uint8)
+    for stem, magic, array in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
+      content = np.array([magic, *array.shape], ">u4").tobytes() + array.tobytes()
+      path = folder / f"{prefix}-{stem}-ubyte"
+      if plain:
+        path.write_bytes(content)
+      else:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+  return draw(train, 28, 28, seed=train), np.arange(train) % 10
+
+
+@pytest.fixture
+def own(tmp_path):
+  """A copy of the built-in set that a test may damage: (data_dir, version folder)."""
+  shutil.copytree(data.BUILTIN / "fashion_mnist_mini", tmp_path / "own")
+  return tmp_path, tmp_path / "own" / "1.0.0"
+
+
+def error_of(*args, **kwargs):
+  with pytest.raises(UserError) as caught:
+    data.load(*args, **kwargs)
+  message = str(caught.value)
+  assert "\n" not in message  # train.py prints it as one line.
+  return message
+
+
+# The built-in set.
+
+
+@pytest.mark.parametrize(
+  "split, n, images, labels",
+  [("train", 12_000, 1155872999, 1359565744), ("test", 2_000, 1228093332, 138393859)],
+)
+def test_the_built_in_set_is_the_head_of_the_published_files(split, n, images, labels):
+  # Checksums of the first n images and labels in Zalando's files, compared once with Debian's copy.
+  got = data.load("fashion_mnist_mini", split, channels=1)
+  assert got.images.shape == (n, 28, 28, 1) and got.images.dtype == np.uint8
+  assert got.labels.shape == (n,) and got.labels.dtype == np.int32
+  assert zlib.crc32(got.images.tobytes()) == images
+  assert zlib.crc32(got.labels.astype("<i4").tobytes()) == labels
+  assert (got.num_classes, got.name, got.split) == (10, "fashion_mnist_mini", split)
+
+
+def test_the_built_in_set_names_its_source_and_no_machine():
+  folder = data.BUILTIN / "fashion_mnist_mini" / "1.0.0"
+  info = (folder / "dataset_info.json").read_text()
+  assert "12,000" in info and "zalandoresearch" in info
+  assert (folder / "label.labels.txt").read_text().split("\n")[:10] == list(CLASSES)
+  for file in folder.iterdir():
+    content = file.read_bytes()
+    assert not [word for word in (b"/work", b"/home", b"/root", b"/tmp", b"/usr") if word in content]
+  readme = (data.BUILTIN / "README.md").read_text()
+  for needed in (
+    "zalandoresearch/fashion-mnist",
+    "2017 Zalando SE",
+    "The above copyright notice",
+    "--data_dir=",
+  ):
+    assert needed in readme
+
+
+# Reading.
+
+
+def test_slices_are_parts_of_the_split():
+  whole = data.load("fashion_mnist_mini", "test", channels=1)
+  parts = [data.load("fashion_mnist_mini", s, channels=1) for s in ("test[:25%]", "test[500:1999]", "test[-1:]")]
+  assert [len(p.images) for p in parts] == [500, 1499, 1]
+  np.testing.assert_array_equal(np.concatenate([p.images for p in parts]), whole.images)
+  np.testing.assert_array_equal(np.concatenate([p.labels for p in parts]), whole.labels)
+
+
+def test_a_sum_of_splits_holds_both():
+  both = data.load("fashion_mnist_mini", "test[:3]+train[:4]", channels=1)
+  first = [data.load("fashion_mnist_mini", s, channels=1).images for s in ("test[:3]", "train[:4]")]
+  np.testing.assert_array_equal(both.images, np.concatenate(first))
+
+
+@pytest.mark.parametrize("encoded", [True, False], ids=["png", "tensor"])
+def test_three_channels_repeat_grey(tmp_path, encoded):
+  images = draw(5, 6, 9, 1)
+  feature = None if encoded else tfds.features.Tensor(shape=(6, 9, 1), dtype=np.uint8)
+  write(tmp_path, images, image=feature)
+  np.testing.assert_array_equal(data.load("foreign", "train", data_dir=tmp_path, channels=1).images, images)
+  got = data.load("foreign", "train", data_dir=tmp_path).images
+  np.testing.assert_array_equal(got, np.repeat(images, 3, axis=-1))
+
+
+@pytest.mark.parametrize("encoded", [True, False], ids=["png", "tensor"])
+def test_one_channel_is_the_luma_of_colours(tmp_path, encoded):
+  images = draw(5, 6, 9, 3)
+  feature = None if encoded else tfds.features.Tensor(shape=(6, 9, 3), dtype=np.uint8)
+  write(tmp_path, images, image=feature)
+  np.testing.assert_array_equal(data.load("foreign", "train", data_dir=tmp_path).images, images)
+  got = data.load("foreign", "train", data_dir=tmp_path, channels=1).images
+  luma = images @ np.array([0.299, 0.587, 0.114])
+  np.testing.assert_allclose(got[..., 0], luma, atol=0.51)  # 0.5: rounding to uint8; 0.01: Pillow's fixed point
+
+
+def test_grey_tensors_without_a_channel_axis_are_read(tmp_path):
+  images = draw(3, 6, 9)
+  write(tmp_path, images, image=tfds.features.Tensor(shape=(6, 9), dtype=np.uint8))
+  got = data.load("foreign", "train", data_dir=tmp_path, channels=1).images
+  np.testing.assert_array_equal(got[..., 0], images)
+
+
+def test_class_labels_are_read_and_their_number_is_the_declared_one(tmp_path):
+  write(tmp_path, draw(3, 4, 4, 3), labels=[2, 0, 5])
+  got = data.load("foreign:2.1.0", "train", data_dir=str(tmp_path))
+  assert got.labels.tolist() == [2, 0, 5] and got.num_classes == 7
+
+
+def test_integers_that_are_no_class_labels_count_up_to_the_largest(tmp_path):
+  write(tmp_path, draw(3, 4, 4, 3), labels=[2, 0, 5], label=tfds.features.Scalar(dtype=np.int64))
+  got = data.load("foreign", "train", data_dir=tmp_path)
+  assert got.labels.tolist() == [2, 0, 5] and got.num_classes == 6
+
+
+@pytest.mark.parametrize("labels", [None, ["a cat", "a dog", "a cow"]], ids=["none", "captions"])
+def test_what_has_no_class_has_label_minus_one(tmp_path, labels):
+  write(tmp_path, draw(3, 4, 4, 3), labels=labels, label=tfds.features.Text())
+  got = data.load("foreign", "train", data_dir=tmp_path)
+  assert got.labels.tolist() == [-1, -1, -1] and got.num_classes == 0
+
+
+def test_the_default_folder_is_the_one_of_tfds(tmp_path, monkeypatch):
+  images = draw(2, 4, 4, 3)
+  write(tmp_path, images)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  np.testing.assert_array_equal(data.load("foreign", "train").images, images)
+
+
+def test_the_highest_readable_version_is_taken(own):
+  data_dir, folder = own
+  for version in ("1.2.0", "1.10.0", "2.0.0"):
+    shutil.copytree(folder, data_dir / "own" / version)
+    edit_info(data_dir / "own" / version, version=version)
+  edit_info(data_dir / "own" / "2.0.0", fileFormat="tfrecord")
+  builder, _ = data._find("own", data_dir)
+  assert pathlib.Path(builder.data_dir).name == "1.10.0"
+  assert len(data.load("own:1.2.0", "test", data_dir=data_dir).images) == 2_000
+  assert "no version 3.0.0, only 2.0.0, 1.10.0, 1.2.0, 1.0.0" in error_of("own:3.0.0", "test", data_dir=data_dir)
+
+
+def test_a_configuration_is_named_where_there_are_several(own):
+  data_dir, folder = own
+  shutil.copytree(folder, data_dir / "set" / "small" / "1.0.0")
+  assert len(data.load("set", "test", data_dir=data_dir).images) == 2_000
+  shutil.copytree(folder, data_dir / "set" / "large" / "1.0.0")
+  assert "several configurations, name one of them: set/large, set/small" in error_of("set", "test", data_dir=data_dir)
+  assert len(data.load("set/large:1.0.0", "test", data_dir=data_dir).images) == 2_000
+
+
+# What cannot be read.
+
+
+def edit_info(folder, **fields):
+  path = folder / "dataset_info.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_misspelt_name_names_the_nearest_and_the_command(own):
+  data_dir, folder = own
+  folder.parent.rename(data_dir / "cifar10")
+  shutil.copytree(data_dir / "cifar10", data_dir / "birds")
+  message = error_of("cifer10", "train", data_dir=data_dir)
+  assert f"no data set 'cifer10' in {data_dir} (prepared there: cifar10, birds;" in message
+  assert "Did you mean 'cifar10'?" in message
+  assert f"t.builder('cifer10', data_dir='{data_dir}', file_format='array_record')" in message
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "fashion_mnst"])
+def test_a_missing_fashion_mnist_names_our_command(tmp_path, name):
+  message = error_of(name, "train", data_dir=tmp_path / "none")
+  assert "the folder does not exist" in message
+  assert f"python -m ssl_jax.data.prepare fashion_mnist --data_dir={tmp_path / 'none'}" in message
+
+
+def test_the_built_in_set_is_not_looked_for_elsewhere(tmp_path):
+  message = error_of("fashion_mnist_mini", "train", data_dir=tmp_path)
+  assert "it is built in, leave data_dir unset" in message
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b/c", "cifar10:3", "../x"])
+def test_a_malformed_name_says_the_form(tmp_path, name):
+  assert f"name/config:1.2.3, got {name!r}" in error_of(name, "train", data_dir=tmp_path)
+
+
+def test_a_remote_folder_is_refused():
+  assert "on this machine (mount or copy it), got gs://b" in error_of("x", "train", data_dir="gs://b")
+
+
+def test_tfrecord_names_the_way_to_array_record(own):
+  data_dir, folder = own
+  edit_info(folder, fileFormat="tfrecord")
+  message = error_of("own", "train", data_dir=data_dir)
+  assert "is prepared as tfrecord only" in message
+  assert "pip install tensorflow-cpu tensorflow-datasets" in message
+  assert f"t.builder('own', data_dir='{data_dir}_array_record', file_format='array_record')" in message
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_missing_metadata_is_an_interrupted_preparation(own, file):
+  data_dir, folder = own
+  (folder / file).unlink()
+  message = error_of("own", "train", data_dir=data_dir)
+  assert f"{folder} has no {file}: its preparation was interrupted. Delete it and prepare it" in message
+
+
+def test_damaged_metadata_names_the_folder(own):
+  data_dir, folder = own
+  (folder / "features.json").write_text("{")
+  assert f"{folder} cannot be opened (JSONDecodeError" in error_of("own", "train", data_dir=data_dir)
+
+
+def test_a_preparation_that_never_ended_names_its_folder(own):
+  data_dir, folder = own
+  unfinished = folder.rename(folder.with_name("incomplete.ABC123_1.0.0"))
+  message = error_of("own", "train", data_dir=data_dir)
+  assert "was interrupted, or still runs" in message and f"delete {unfinished} and prepare it" in message
+
+
+def test_a_missing_file_of_a_split_hinders_that_split_alone(own):
+  data_dir, folder = own
+  (shard,) = folder.glob("*-train.*")
+  shard.unlink()
+  message = error_of("own", "train[:10]", data_dir=data_dir)
+  assert f"{folder} lacks {shard.name}" in message and "Delete the folder and prepare it" in message
+  assert len(data.load("own", "test", data_dir=data_dir).images) == 2_000
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.95])
+def test_a_truncated_file_is_damage(own, keep):
+  data_dir, folder = own
+  (shard,) = folder.glob("*-train.*")
+  os.truncate(shard, int(shard.stat().st_size * keep))
+  message = error_of("own", "train", data_dir=data_dir)
+  assert str(folder) in message and ("lacks" in message or "damaged records" in message)
+  assert "and prepare it" in message
+
+
+@pytest.mark.parametrize("split", ["validation", "train[:", "train[:13000]", "train[:a]", ""])
+def test_an_unknown_split_lists_the_splits(split):
+  message = error_of("fashion_mnist_mini", split)
+  assert f"has no split {split!r}" in message
+  assert "It has: test (2,000 images), train (12,000 images)" in message
+
+
+def test_an_empty_slice_is_an_error():
+  assert "'train[:0]' holds no images" in error_of("fashion_mnist_mini", "train[:0]")
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_other_channels_are_refused(channels):
+  assert f"channels must be 1 or 3, got {channels}." in error_of("fashion_mnist_mini", "test", channels=channels)
+
+
+def test_what_does_not_fit_says_the_size_before_reading(own):
+  data_dir, folder = own
+  (shard,) = folder.glob("*-test.*")
+  shard.write_bytes(b"not to be read")
+  message = error_of("own", "test", data_dir=data_dir, max_bytes=28 * 28 * 3 * 2_000 - 1)
+  assert "needs 4,704,000 bytes (2,000 images of 28x28x3), max_bytes is 4,703,999" in message
+  assert "fit into memory" in message and "'train[:1999]'" in message
+
+
+def test_what_fits_exactly_is_read():
+  assert len(data.load("fashion_mnist_mini", "test", max_bytes=28 * 28 * 3 * 2_000).images) == 2_000
+
+
+def test_declared_different_sizes_are_refused_before_reading(tmp_path):
+  images = [draw(4, 4, 3), draw(5, 6, 3)]
+  folder = write(tmp_path, images, image=tfds.features.Image(shape=(None, None, 3)))
+  (shard,) = folder.glob("*.array_record-*")
+  shard.write_bytes(b"not to be read")
+  message = error_of("foreign", "train", data_dir=tmp_path)
+  assert "images of different sizes (shape (None, None, 3)" in message and "2 images" in message
+  assert "only fixed-size sets that fit into memory are read now" in message
+
+
+def test_an_image_of_another_size_than_declared_is_named(tmp_path):
+  write(tmp_path, [draw(4, 4, 3), draw(5, 6, 3)])
+  message = error_of("foreign", "train", data_dir=tmp_path)
+  assert "image 1 is 5x6, where its features.json says 4x4" in message
+
+
+def test_bytes_that_are_no_image_are_damage(tmp_path, monkeypatch):
+  monkeypatch.setattr(f"{__name__}.png", lambda image: b"no image")
+  folder = write(tmp_path, draw(2, 4, 4, 3))
+  assert f"{folder} holds damaged records (UnidentifiedImageError" in error_of("foreign", "train", data_dir=tmp_path)
+
+
+def test_floats_are_refused(tmp_path):
+  images = draw(2, 4, 4, 3).astype(np.float32)
+  write(tmp_path, images, image=tfds.features.Tensor(shape=(4, 4, 3), dtype=np.float32))
+  assert "must be uint8 [height, width, 1, 3 or 4], got float32 (4, 4, 3)" in error_of(
+    "foreign", "train", data_dir=tmp_path
+  )
+
+
+def test_a_set_without_images_lists_its_features(own):
+  data_dir, folder = own
+  features = json.loads((folder / "features.json").read_text())
+  features["featuresDict"]["features"]["photo"] = features["featuresDict"]["features"].pop("image")
+  (folder / "features.json").write_text(json.dumps(features))
+  assert "has no feature 'image', only label, photo." in error_of("own", "train", data_dir=data_dir)
+
+
+# Preparing.
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["gz", "plain"])
+def test_prepare_writes_what_the_files_hold(tmp_path, capsys, plain):
+  images, labels = write_idx(tmp_path / "idx", plain=plain)
+  out = tmp_path / "out dir"
+  assert prepare.main(["fashion_mnist", f"--data_dir={out}", f"--from={tmp_path / 'idx'}"]) == 0
+  printed = capsys.readouterr()
+  assert f"wrote {out}/fashion_mnist/1.0.0: train 12 images, test 5 images," in printed.out
+  assert f"python train.py --config.data.name=fashion_mnist --config.data.data_dir='{out}'" in printed.out
+  got = data.load("fashion_mnist", "train", data_dir=out, channels=1)
+  np.testing.assert_array_equal(got.images[..., 0], images)
+  np.testing.assert_array_equal(got.labels, labels)
+  assert got.num_classes == 10
+
+
+def test_ours_is_read_though_tfds_has_another_version_of_the_name(tmp_path):
+  write_idx(tmp_path / "idx")
+  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  tfrecord = shutil.copytree(folder, folder.with_name("3.0.1"))
+  edit_info(tfrecord, fileFormat="tfrecord", version="3.0.1")
+  assert tfds.builder_cls("fashion_mnist").VERSION == "3.0.1"  # imports and registers TFDS's class
+  assert len(data.load("fashion_mnist", "train", data_dir=tmp_path).images) == 12
+  assert "prepared as tfrecord only" in error_of("fashion_mnist:3.0.1", "train", data_dir=tmp_path)
+
+
+def contents(folder):
+  return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir()}
+
+
+def test_a_second_run_says_so_and_changes_nothing(tmp_path, capsys):
+  write_idx(tmp_path / "idx")
+  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  before = contents(folder)
+  capsys.readouterr()
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", "--from=/nowhere"]) == 0
+  assert "already prepared, nothing changed" in capsys.readouterr().out
+  assert contents(folder) == before
+
+
+KILLED = """
+import os, signal, sys
+from ssl_jax.data import prepare
+from ssl_jax.data.fashion_mnist import FashionMnist
+generate = FashionMnist._generate_examples
+def until_killed(self, prefix):
+  for i, example in generate(self, prefix):
+    if (prefix, i) == ("t10k", 3):
+      os.kill(os.getpid(), signal.SIGKILL)
+    yield i, example
+FashionMnist._generate_examples = until_killed
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_neither_fools_nor_blocks_the_next(tmp_path):
+  write_idx(tmp_path / "idx")
+  args = ["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'idx'}"]
+  killed = subprocess.run([sys.executable, "-c", KILLED, *args], cwd=ROOT, capture_output=True)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+  (leftover,) = (tmp_path / "fashion_mnist").iterdir()
+  assert "was interrupted, or still runs" in error_of("fashion_mnist", "train", data_dir=tmp_path)
+  os.utime(leftover, (0, 0))  # old: no other host still writes it
+  assert prepare.main(args) == 0
+  assert [f.name for f in (tmp_path / "fashion_mnist").iterdir()] == ["1.0.0"]
+  assert len(data.load("fashion_mnist", "test", data_dir=tmp_path).images) == 5
+
+
+def test_a_run_beside_another_leaves_its_files_alone(tmp_path):
+  write_idx(tmp_path / "idx")
+  other = tmp_path / "fashion_mnist" / "incomplete.ABC123_1.0.0"
+  other.mkdir(parents=True)
+  prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  assert other.is_dir()
+
+
+def test_the_slower_of_two_runs_takes_the_folder_of_the_faster(tmp_path, monkeypatch):
+  write_idx(tmp_path / "idx")
+  download_and_prepare = prepare.FashionMnist.download_and_prepare
+
+  def overtaken(self, **kwargs):
+    monkeypatch.setattr(prepare.FashionMnist, "download_and_prepare", download_and_prepare)
+    prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+    raise OSError("Directory not empty")
+
+  monkeypatch.setattr(prepare.FashionMnist, "download_and_prepare", overtaken)
+  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  assert len(data.load("fashion_mnist", "train", data_dir=tmp_path).images) == 12
+  assert folder.is_dir()
+
+
+@pytest.mark.parametrize("missing", ["dataset_info.json", "fashion_mnist-test.array_record-00000-of-00001"])
+def test_an_incomplete_folder_is_written_anew(tmp_path, capsys, missing):
+  write_idx(tmp_path / "idx")
+  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  (folder / missing).unlink()
+  prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  assert f"removing {folder}, which is not complete" in capsys.readouterr().out
+  assert len(data.load("fashion_mnist", "test", data_dir=tmp_path).images) == 5
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, capsys):
+  folder = tmp_path / "fashion_mnist" / "1.0.0"
+  folder.mkdir(parents=True)
+  (folder / "thesis.tex").write_text("years")
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
+  assert f"error: {folder} is not a prepared fashion_mnist: delete it" in capsys.readouterr().err
+  assert (folder / "thesis.tex").read_text() == "years"
+
+
+def test_a_tfrecord_folder_is_left_alone(tmp_path, capsys):
+  write_idx(tmp_path / "idx")
+  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  edit_info(folder, fileFormat="tfrecord")
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
+  assert "is prepared, but not as array_record" in capsys.readouterr().err
+  assert (folder / "dataset_info.json").is_file()
+
+
+def test_without_debians_package_the_error_says_where_to_get_the_files(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(prepare, "DEBIAN", tmp_path / "none")
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
+  message = capsys.readouterr().err
+  assert "apt-get install dataset-fashion-mnist" in message and "pass --from=FOLDER" in message
+  assert message.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_no_folder_is_named(tmp_path, capsys):
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'x'}"]) == 1
+  assert f"{tmp_path / 'x'} is not a folder" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
+  write_idx(tmp_path / "idx")
+  (tmp_path / "file").write_text("")
+  args = ["fashion_mnist", f"--data_dir={tmp_path / 'file' / 'x'}", f"--from={tmp_path / 'idx'}"]
+  assert prepare.main(args) == 1
+  assert capsys.readouterr().err.startswith("error: ")
+
+
+IMAGES = np.array([0x803, 2, 28, 28], ">u4").tobytes() + bytes(2 * 28 * 28)
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"\0\0\x08\x01" + IMAGES[4:], "expected the IDX magic number 0x00000803, got 0x00000801"),
+    (b"", "expected the IDX magic number 0x00000803, got 0x."),
+    (IMAGES[:9], "expected a header of 16 bytes, got 9"),
+    (IMAGES[:-1], "expected 1584 bytes for the sizes (2, 28, 28), got 1583"),
+    (IMAGES + b"\0", "expected 1584 bytes for the sizes (2, 28, 28), got 1585"),
+    (np.array([0x803, 2, 14, 56], ">u4").tobytes() + IMAGES[16:], "expected images of 28x28, got 14x56"),
+    (np.array([0x803, 0, 28, 28], ">u4").tobytes(), "expected 0 labels, one an image, got 2"),
+  ],
+)
+def test_a_wrong_idx_file_is_named_with_expected_and_got(tmp_path, capsys, content, message):
+  write_idx(tmp_path / "idx", train=2, plain=True)
+  (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(content)
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'idx'}"]) == 1
+  printed = capsys.readouterr().err
+  assert message in printed and f"{tmp_path / 'idx'}/train-" in printed and printed.count("\n") == 1
+  assert not (tmp_path / "fashion_mnist" / "1.0.0").exists()
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+  write_idx(tmp_path)
+  path = tmp_path / "train-images-idx3-ubyte.gz"
+  for content in (path.read_bytes()[:-20], b"no gzip", path.read_bytes()[:100] + bytes(3000)):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: expected a gzip file, got a damaged one"):
+      read_split(tmp_path, "train")
+
+
+def test_a_missing_idx_file_is_named(tmp_path):
+  write_idx(tmp_path)
+  (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+  with pytest.raises(UserError, match=r"expected the file t10k-labels-idx1-ubyte\.gz"):
+    read_split(tmp_path, "t10k")
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path):
+  write_idx(tmp_path, train=2, plain=True)
+  content = np.array([0x801, 2], ">u4").tobytes() + bytes([3, 10])
+  (tmp_path / "train-labels-idx1-ubyte").write_bytes(content)
+  with pytest.raises(UserError, match="expected labels from 0 to 9, got 10"):
+    read_split(tmp_path, "train")
+
+
+def test_a_subset_is_the_head_and_needs_enough_images(tmp_path):
+  images, labels = write_idx(tmp_path)
+  got = read_split(tmp_path, "train", 5)
+  np.testing.assert_array_equal(got[0], images[:5])
+  np.testing.assert_array_equal(got[1], labels[:5])
+  with pytest.raises(UserError, match="expected at least 12000 images, got 12"):
+    prepare.prepare("fashion_mnist_mini", tmp_path / "out", tmp_path)
+
+
+# The order of training.
+
+
+def test_an_epoch_visits_every_example_once():
+  order = data.epoch_order(3, 1, 100)
+  assert order.dtype == np.int64
+  np.testing.assert_array_equal(np.sort(order), np.arange(100))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own_that_repeat():
+  orders = [tuple(data.epoch_order(seed, epoch, 50)) for seed in range(4) for epoch in range(4)]
+  assert len(set(orders)) == 16
+  assert tuple(data.epoch_order(2, 3, 50)) == orders[2 * 4 + 3]
+
+
+def test_the_order_is_pinned():
+  # Resuming an old run needs the very same numbers from every later version.
+  assert data.epoch_order(0, 0, 8).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
+
+
+def test_batches_cut_the_epoch_and_drop_the_last_partial_one():
+  n, size = 23, 5
+  got = np.concatenate([data.batch_indices(n, size, 7, step) for step in range(8)])
+  want = np.concatenate([data.epoch_order(7, epoch, n)[:20] for epoch in range(2)])
+  assert got.dtype == np.int64
+  np.testing.assert_array_equal(got, want)
+
+
+def test_the_last_image_alone_makes_no_batch():
+  assert [len(data.batch_indices(65, 64, 0, step)) for step in range(3)] == [64, 64, 64]  # C52
+  assert set(data.batch_indices(65, 64, 0, 0)) != set(data.batch_indices(65, 64, 0, 1))
+
+
+def test_a_batch_may_be_the_whole_set():
+  np.testing.assert_array_equal(np.sort(data.batch_indices(8, 8, 0, 5)), np.arange(8))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_the_parts_of_the_processes_tile_the_global_batch(count):
+  for step in (0, 3, 11):
+    parts = [data.batch_indices(50, 12, 1, step, process_index=i, process_count=count) for i in range(count)]
+    np.testing.assert_array_equal(np.concatenate(parts), data.batch_indices(50, 12, 1, step))
+
+
+def test_a_batch_does_not_depend_on_what_was_asked_before():
+  want = {step: data.batch_indices(30, 7, 5, step) for step in range(20)}
+  for step in np.random.default_rng(0).permutation(20):
+    got = data.batch_indices(30, 7, 5, int(step))
+    np.testing.assert_array_equal(got, want[step])
+    got[:] = -1  # the caller's own copy
+
+
+def test_consecutive_steps_shuffle_once_an_epoch(monkeypatch):
+  calls = []
+  monkeypatch.setattr(data, "epoch_order", lambda *args: calls.append(args) or np.arange(args[-1]))
+  data._cached_order.cache_clear()
+  for step in range(9):
+    data.batch_indices(40, 10, 0, step)
+  data._cached_order.cache_clear()
+  assert calls == [(0, 0, 40), (0, 1, 40), (0, 2, 40)]
+
+
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
+    ({"n": 24, "batch_size": 64}, "got batch_size=64 and 24 images"),  # C90
+    ({"batch_size": 0}, "got batch_size=0 and 100 images"),
+    ({"process_count": 3}, "a multiple of the 3 processes, got 10"),
+    ({"seed": -1}, "seed must not be negative, got -1"),
+  ],
+)
+def test_what_makes_no_batches_is_refused(kwargs, message):
+  with pytest.raises(UserError) as caught:
+    data.batch_indices(**{"n": 100, "batch_size": 10, "seed": 0, "step": 0, **kwargs})
+  assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_process_beyond_the_last_is_refused(index):
+  with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\)"):
+    data.batch_indices(100, 10, 0, 0, process_index=index, process_count=2)
+
+
+def test_a_batch_gathers_images_labels_and_indices():
+  dataset = data.Dataset(draw(6, 2, 3, 1), np.arange(6, dtype=np.int32) * 10, 60, "x", "train")
+  got = data.batch(dataset, [4, 0])
+  assert {k: (v.dtype, v.shape) for k, v in got.items()} == {
+    "image": (np.uint8, (2, 2, 3, 1)),
+    "label": (np.int32, (2,)),
+    "index": (np.int64, (2,)),
+  }
+  np.testing.assert_array_equal(got["image"], dataset.images[[4, 0]])
+  assert got["label"].tolist() == [40, 0] and got["index"].tolist() == [4, 0]
+
+
+def test_nothing_here_imports_tensorflow():
+  code = (
+    "import sys; from ssl_jax import data; from ssl_jax.data import prepare; "
+    "data.load('fashion_mnist_mini', 'test[:5]'); sys.exit('tensorflow' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
