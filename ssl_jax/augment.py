@@ -55,7 +55,7 @@ class View(NamedTuple):
 
 
 class EvaluationView(NamedTuple):
-  """What the encoder sees in evaluation: short side to `resize`, centre crop of `size`, normalise; None leaves it out."""
+  """What the encoder sees in evaluation: short side to `resize`, centre crop of `size`, normalise; None: left out."""
 
   resize: int | None = None
   size: int | None = None
@@ -94,7 +94,10 @@ def make_views(keys: jax.Array, images: jax.Array, views: Sequence[View]) -> tup
   drawn = {}
   for view in dict.fromkeys(views):  # Equal descriptions are one computation over (view, example).
     indices = [i for i, other in enumerate(views) if other == view]
-    one = lambda key, image, i, view=view: apply_view(jax.random.fold_in(key, i), image, view)
+
+    def one(key, image, i, view=view):
+      return apply_view(jax.random.fold_in(key, i), image, view)
+
     batch = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)), in_axes=(None, None, 0))
     drawn.update(zip(indices, jnp.moveaxis(batch(keys, planar, jnp.array(indices)), 2, -1), strict=True))
   sizes = dict.fromkeys(view.size for view in views)
@@ -104,38 +107,45 @@ def make_views(keys: jax.Array, images: jax.Array, views: Sequence[View]) -> tup
 def apply_view(key: jax.Array, image: jax.Array, view: View) -> jax.Array:
   """One view of one planar image: float [C, H, W] in [0, 1] -> float [C, size, size]."""
   # One draw of uniforms serves all decisions: a threefry call costs more to compile than everything it decides.
-  u = iter(jax.random.uniform(key, (2 * _TRIES + 20,)))
-  take = lambda n: jnp.stack([next(u) for _ in range(n)])
+  u = jax.random.uniform(key, (2 * _TRIES + 16,))
+  box_draws, flip_draw, jitter_draws, gray_draw, sigma_draw, blur_draw, solarize_draw = (
+    u[:22],
+    u[22],
+    u[23:32],
+    u[32],
+    u[33],
+    u[34],
+    u[35],
+  )
 
-  box = crop_box(take(2 * _TRIES + 2), image.shape[1:], view.scale, view.ratio)
-  image = resized_crop(image, box, view.size, view.interpolation, flip=next(u) < view.flip)
+  box = crop_box(box_draws, image.shape[1:], view.scale, view.ratio)
+  image = resized_crop(image, box, view.size, view.interpolation, flip=flip_draw < view.flip)
   image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
   if any(view.jitter):
-    brightness, contrast, saturation, hue = view.jitter
-    draws = take(9)
-    factors = [_between(d, max(0.0, 1 - s), 1 + s) for d, s in zip(draws[:3], view.jitter[:3], strict=True)]
-    hue_shift = _between(draws[3], -hue, hue)
-    order = jnp.argsort(draws[4:8])  # all 24 orders are equally likely
-    image = jnp.where(draws[8] < view.jitter_p, color_jitter(image, factors, hue_shift, order), image)
+    strengths = view.jitter[:3]
+    factors = [_between(d, max(0.0, 1 - s), 1 + s) for d, s in zip(jitter_draws[:3], strengths, strict=True)]
+    hue_shift = _between(jitter_draws[3], -view.jitter[3], view.jitter[3])
+    order = jnp.argsort(jitter_draws[4:8])  # all 24 orders are equally likely
+    image = jnp.where(jitter_draws[8] < view.jitter_p, color_jitter(image, factors, hue_shift, order), image)
   if view.gray_p and image.shape[0] == 3:
-    image = jnp.where(next(u) < view.gray_p, grayscale(image), image)
+    image = jnp.where(gray_draw < view.gray_p, grayscale(image), image)
   if view.blur_p:
-    sigma = _between(next(u), *view.blur_sigma)
+    sigma = _between(sigma_draw, *view.blur_sigma)
     if view.blur_kind == "pil":
       blurred = pil_blur(image, sigma, max_sigma=view.blur_sigma[1])
     else:
       blurred = gaussian_blur(image, sigma, view.blur_kernel)
-    image = jnp.where(next(u) < view.blur_p, blurred, image)
+    image = jnp.where(blur_draw < view.blur_p, blurred, image)
   if view.solarize_p:
-    image = jnp.where(next(u) < view.solarize_p, solarize(image, view.solarize_threshold), image)
+    image = jnp.where(solarize_draw < view.solarize_p, solarize(image, view.solarize_threshold), image)
   return normalize(image, view.mean, view.std)
 
 
 def evaluation_view(images: jax.Array, view: EvaluationView) -> jax.Array:
   """Resizes, crops the centre and normalises: uint8 [b, H, W, C] -> float32 [b, h, w, C]."""
   height, width = images.shape[1:3]
-  scale = 1.0 if view.resize is None else view.resize / min(height, width)
-  resized = (height, width) if view.resize is None else (int(height * scale), int(width * scale))
+  short, target = min(height, width), view.resize or min(height, width)
+  resized = (target * height // short, target * width // short)  # torchvision cuts the long side down
   crop = resized if view.size is None else (view.size, view.size)
   start = [round((r - c) / 2) for r, c in zip(resized, crop, strict=True)]
   if min(start) < 0:
@@ -170,7 +180,7 @@ def crop_box(uniforms: jax.Array, image_size: tuple[int, int], scale, ratio) -> 
   log_ratio = _between(uniforms[_TRIES : 2 * _TRIES], float(np.log(ratio[0])), float(np.log(ratio[1])))
   w = jnp.round(jnp.sqrt(area * jnp.exp(log_ratio))).astype(jnp.int32)
   h = jnp.round(jnp.sqrt(area * jnp.exp(-log_ratio))).astype(jnp.int32)
-  fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+  fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
   first = jnp.argmax(fits)
   drawn_h, drawn_w = h[first], w[first]
   top, left = (

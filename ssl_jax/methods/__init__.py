@@ -1,1 +1,21 @@
 """One file a paper's algorithm; `base.py` documents what they have in common."""
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+from ssl_jax.errors import UserError
+
+
+def find(name: str) -> ModuleType:
+  """The module of the method `name`: `from_config(config, steps) -> Method` and `make_encoder(config)`.
+
+  Raises:
+    UserError: there is no such method.
+  """
+  names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
+  if name not in names:
+    near = difflib.get_close_matches(name, names, 1, 0.0)[0]
+    raise UserError(f"method.name={name!r} does not exist; did you mean {near!r}? Known: {', '.join(names)}.")
+  return importlib.import_module(f"{__name__}.{name}")

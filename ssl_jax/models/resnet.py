@@ -1,4 +1,4 @@
-"""ResNet v1.5 (He et al., 2016, arXiv:1512.03385; stride in the 3x3 convolution), with torchvision's padding and names."""
+"""ResNet v1.5 (He et al., 2016, arXiv:1512.03385; stride in the 3x3 convolution), padded and named as torchvision's."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,0 +1,136 @@
+"""The keys that all recipes share, and the checks that come before anything is compiled."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from ssl_jax import augment
+from ssl_jax.errors import UserError
+
+# What may change between the runs of one workdir: none of it changes a number of the training.
+FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
+FREE_PREFIXES = ("data.data_dir", "data.test_split", "knn.", "eval_view.")
+
+
+def base() -> ml_collections.ConfigDict:
+  """The shared keys; a recipe starts from them and sets the rest."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.epochs = 100
+  config.steps = config_dict.placeholder(int)  # in place of epochs
+  config.stop_after_steps = config_dict.placeholder(int)  # ends a run early, leaves every schedule alone
+  config.batch_size = 256  # global
+  config.microbatch = config_dict.placeholder(int)  # images encoded at once, of the global batch; None: all
+  config.dtype = "float32"  # of the computation
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "fashion_mnist_mini"
+  config.data.data_dir = config_dict.placeholder(str)  # None: built in, or TFDS's own folder
+  config.data.folder = config_dict.placeholder(str)  # a folder of images, in place of name
+  config.data.split = "train"
+  config.data.test_split = "test"
+  config.data.channels = 3
+
+  config.eval_view = ml_collections.ConfigDict()
+  config.eval_view.resize = config_dict.placeholder(int)
+  config.eval_view.size = config_dict.placeholder(int)
+  config.eval_view.mean = ()
+  config.eval_view.std = ()
+  config.knn = ml_collections.ConfigDict(dict(k=20, temperature=0.07, bank_images=50_000))
+
+  config.log_every_steps = 50
+  config.eval_every_epochs = 10
+  config.checkpoint_every_steps = 1000
+  config.keep_checkpoints = 3
+  return config
+
+
+def views(config: Any) -> tuple[augment.View, ...]:
+  """The recipe's views as `augment.View`s."""
+  out = []
+  for i, view in enumerate(config.views):
+    unknown = [key for key in view if key not in augment.View._fields]
+    if unknown:
+      near = difflib.get_close_matches(unknown[0], augment.View._fields, 1, 0)[0]
+      raise UserError(f"views[{i}] has no field {unknown[0]!r}; did you mean {near!r}?")
+    out.append(augment.View(**{k: tuple(v) if isinstance(v, list) else v for k, v in view.items()}))
+  return tuple(out)
+
+
+def eval_view(config: Any) -> augment.EvaluationView:
+  """The recipe's evaluation view."""
+  return augment.EvaluationView(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.eval_view.items()})
+
+
+def check(config: Any, *, images: int, devices: int) -> None:
+  """Raises UserError for settings that cannot run on this many images and devices."""
+  if config.batch_size > images:
+    raise UserError(
+      f"batch_size={config.batch_size} is more than the {images} images of the data set: an epoch would have no step."
+    )
+  _check_divides("batch_size", config.batch_size, devices, f"the {devices} devices")
+  if config.microbatch is not None:
+    _check_divides("microbatch", config.microbatch, devices, f"the {devices} devices")
+    if config.batch_size % config.microbatch:
+      raise UserError(f"batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}.")
+  for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints"):
+    if config[key] < 1:
+      raise UserError(f"{key} must be at least 1, got {config[key]}.")
+  for key in ("steps", "stop_after_steps", "epochs"):
+    if config[key] is not None and config[key] < 1:
+      raise UserError(f"{key} must be at least 1, got {config[key]}.")
+
+
+def _check_divides(key, value, parts, what):
+  if value < 1 or value % parts:
+    below, above = value // parts * parts, -(-value // parts) * parts
+    nearest = " or ".join(str(v) for v in dict.fromkeys((below, above)) if v > 0)
+    raise UserError(f"{key}={value} does not divide over {what}: {key}={nearest or parts} does.")
+
+
+def schedule_length(config: Any, images: int) -> tuple[int, int]:
+  """(steps, steps per epoch): each epoch drops its last partial batch."""
+  steps_per_epoch = images // config.batch_size
+  return config.steps or config.epochs * steps_per_epoch, steps_per_epoch
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """The config as JSON holds it: plain dicts, lists and numbers."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def check_same(config: Any, saved: dict[str, Any]) -> None:
+  """Raises UserError if `config` contradicts the one that a workdir was started with."""
+  now, then = _flatten(to_json(config)), _flatten(saved)
+  differ = [
+    f"{key}: now {now.get(key)!r}, then {then.get(key)!r}"
+    for key in sorted({*now, *then})
+    if now.get(key) != then.get(key) and key not in FREE and not key.startswith(FREE_PREFIXES)
+  ]
+  if differ:
+    raise UserError(
+      f"this workdir was started with another config ({'; '.join(differ)}). "
+      "Give the old values to go on with that run, or another --workdir to start a new one."
+    )
+
+
+def nearest_key(config: Any, key: str) -> str | None:
+  """The existing dotted key that looks most like `key`."""
+  known = list(_flatten(config.to_dict()))
+  # The last part counts most: "optim.lrr" is about "lr.base" less than about "lr".
+  return next(iter(difflib.get_close_matches(key, known, 1, 0.0)), None)
+
+
+def _flatten(tree: Any, prefix: Sequence[str] = ()) -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {".".join(prefix): tree}
+  return {k: v for name, child in tree.items() for k, v in _flatten(child, (*prefix, name)).items()}
+
+
+def has_key(config: Any, key: str) -> bool:
+  """Whether a dotted key exists."""
+  return key in _flatten(config.to_dict()) or any(name.startswith(f"{key}.") for name in _flatten(config.to_dict()))

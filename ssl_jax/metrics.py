@@ -1,0 +1,138 @@
+"""What a run says about itself: collapse monitors, rows on disk, the curves."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+
+_ROWS = 256  # of the Gram matrix: enough to see a collapse, too few to cost anything
+# Below these a batch of embeddings is collapsed: random ones have about 1, and about min(rows, d).
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0
+
+
+def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
+  r"""Collapse monitors of one batch, as in Wang and Isola, 2020, arXiv:2005.10242, for the last two.
+
+  Args:
+    embedding: float [n, 2, d], two views of each example, of any norm.
+
+  Returns:
+    float32 scalars:
+    "feature_std": mean over dimensions of the standard deviation of the unit vectors, times sqrt(d): about 1 where they
+      spread evenly, 0 where all are one point;
+    "effective_rank": (sum of eigenvalues)^2 / sum of their squares of the covariance of at most 256 rows, from their
+      Gram matrix without an eigendecomposition: between 1 and min(d, rows - 1);
+    "alignment": mean squared distance of an example's two views, 0 to 4;
+    "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point.
+  """
+  z = embedding.astype(jnp.float32)
+  z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
+  first = z[:, 0]
+  rows = first[:_ROWS]
+  n = rows.shape[0]
+  centred = rows - jnp.mean(rows, axis=0)
+  with jax.default_matmul_precision("highest"):
+    gram, covariance = rows @ rows.T, centred @ centred.T
+  pairs = jnp.where(jnp.eye(n, dtype=bool), 0.0, jnp.exp(4.0 * gram - 4.0))  # |a - b|^2 = 2 - 2 <a, b>
+  return {
+    "feature_std": jnp.mean(jnp.std(first, axis=0)) * math.sqrt(z.shape[-1]),
+    "effective_rank": jnp.square(jnp.trace(covariance)) / jnp.maximum(jnp.sum(jnp.square(covariance)), 1e-12),
+    "alignment": jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), axis=-1)),
+    "uniformity": jnp.log(jnp.sum(pairs) / max(n * (n - 1), 1)),
+  }
+
+
+def collapse_warning(row: dict[str, Any]) -> str | None:
+  """A sentence for the user if a row's monitors say that the features have collapsed."""
+  if row.get("feature_std", 1.0) < COLLAPSED_STD:
+    return (
+      f"the features have collapsed: at step {row['step']} all images have nearly the same embedding "
+      f"(feature_std {row['feature_std']:.3f}, healthy is about 1)."
+    )
+  if row.get("effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
+    return (
+      f"the features have collapsed: at step {row['step']} the embeddings lie on a line "
+      f"(effective_rank {row['effective_rank']:.2f}, healthy is many)."
+    )
+  return None
+
+
+class Writer:
+  """Rows to metrics.jsonl and to TensorBoard; a row is on disk when `write` returns.
+
+  On resume at `step`, rows of later steps, and a line cut short by a kill, are dropped: they will come again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    self.path = workdir / "metrics.jsonl"
+    kept = [row for row in read_rows(self.path) if row["step"] <= step]
+    scratch = self.path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(scratch, self.path)
+    self.file = self.path.open("a")
+    self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Appends one row; floats are written so that they read back exactly."""
+    self.file.write(json.dumps(row) + "\n")
+    self.file.flush()
+    for name, value in row.items():
+      if name != "step":
+        self.board.add_scalar(name, value, row["step"])
+
+  def close(self) -> None:
+    self.file.close()
+    self.board.close()
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """All whole rows of a metrics file; none if it does not exist."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break  # cut short by a kill
+  return rows
+
+
+def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, *, chance: float, title: str) -> None:
+  """Draws the loss against its chance level and the k-NN accuracy against raw pixels and guessing."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(10, 4), layout="constrained")
+  FigureCanvasAgg(figure)
+  left, right = figure.subplots(1, 2)
+  figure.suptitle(title)
+  losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+  if losses:
+    left.plot(*np.array(losses).T, label="loss")
+  left.axhline(chance, color="gray", linestyle=":", label="chance")
+  left.set(xlabel="step", ylabel="loss")
+  left.legend()
+  scores = [(row["step"], row["knn_top1"]) for row in rows if "knn_top1" in row]
+  if scores:
+    right.plot(*np.array(scores).T, marker="o", label="k-NN of the encoder")
+    first = next(row for row in rows if "knn_top1" in row)
+    for key, style in (("pixels_top1", "--"), ("guessing_top1", ":")):
+      if key in first:
+        right.axhline(first[key], color="gray", linestyle=style, label=key.removesuffix("_top1"))
+    right.legend()
+  else:
+    right.text(0.5, 0.5, "no labels, no k-NN", ha="center", transform=right.transAxes)
+  right.set(xlabel="step", ylabel="top-1 (%)")
+  figure.savefig(path, dpi=120)
+
+
+def format_duration(seconds: float) -> str:
+  """'1:02:03' or '02:03'."""
+  minutes, seconds = divmod(max(0, round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
