@@ -91,7 +91,7 @@ def make_views(keys: jax.Array, images: jax.Array, views: Sequence[View]) -> tup
     A tuple with one float32 [v, b, size, size, C] array a resolution, in order of first appearance.
   """
   planar = jnp.moveaxis(images, -1, 1).astype(jnp.float32) / 255
-  drawn = {}
+  drawn: dict[int, jax.Array] = {}
   for view in dict.fromkeys(views):  # Equal descriptions are one computation over (view, example).
     indices = [i for i, other in enumerate(views) if other == view]
 
@@ -118,7 +118,8 @@ def apply_view(key: jax.Array, image: jax.Array, view: View) -> jax.Array:
     u[35],
   )
 
-  box = crop_box(box_draws, image.shape[1:], view.scale, view.ratio)
+  _, height, width = image.shape
+  box = crop_box(box_draws, (height, width), view.scale, view.ratio)
   image = resized_crop(image, box, view.size, view.interpolation, flip=flip_draw < view.flip)
   image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
   if any(view.jitter):
@@ -239,13 +240,13 @@ def color_jitter(image: jax.Array, factors: Sequence, hue_shift: jax.Array, orde
   Under `vmap` a `lax.switch` would run all four branches in all four places. The first three are one formula,
   clip(A x + P gray(x) + Q mean(gray(x))), so that only coefficients are picked, and hue is computed once, between them.
   """
-  factors = jnp.stack([*factors, 1.0])
+  multipliers = jnp.stack([*factors, 1.0])  # hue has none
   hue_place = jnp.argmax(order == 3)
 
   def adjust(active):
     def at(place, x):
       kind = order[place]
-      a = jnp.where(active(place), factors[kind], 1.0)
+      a = jnp.where(active(place), multipliers[kind], 1.0)
       gray = luma(x)
       mix = jnp.where(kind == 1, jnp.mean(gray), jnp.where(kind == 2, gray, 0.0))
       return jnp.where(a == 1, x, jnp.clip(a * x + (1 - a) * mix, 0, 1))

@@ -26,11 +26,9 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(
-  saver: ocp.CheckpointManager, step: int, state: dict[str, Any], config: dict[str, Any], knn_top1: float | None
-) -> None:
+def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any], knn_top1: float | None) -> None:
   """Starts saving; the arrays are copied before this returns, so that the next step may overwrite them."""
-  items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+  items = ocp.args.Composite(state=ocp.args.StandardSave(state))
   saver.save(step, args=items, metrics=None if knn_top1 is None else {"knn_top1": knn_top1}, force=True)
 
 
@@ -91,9 +89,3 @@ def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[s
     if (got.shape, got.dtype) != (want.shape, want.dtype):
       raise ValueError(f"{jax.tree_util.keystr(path)} is {got.dtype}{got.shape}, not {want.dtype}{want.shape}")
   return state
-
-
-def read_config(folder: pathlib.Path, step: int) -> dict[str, Any]:
-  """The config that a checkpoint was saved with."""
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    return reader.restore((folder / str(step) / "config").absolute())

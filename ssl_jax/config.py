@@ -51,19 +51,26 @@ def base() -> ml_collections.ConfigDict:
 
 def views(config: Any) -> tuple[augment.View, ...]:
   """The recipe's views as `augment.View`s."""
+  if not isinstance(config.views, tuple | list) or not all(isinstance(view, dict) for view in config.views):
+    raise UserError(f"views must be a tuple of dicts with the fields of augment.View, got {config.views!r}.")
   out = []
   for i, view in enumerate(config.views):
     unknown = [key for key in view if key not in augment.View._fields]
     if unknown:
       near = difflib.get_close_matches(unknown[0], augment.View._fields, 1, 0)[0]
       raise UserError(f"views[{i}] has no field {unknown[0]!r}; did you mean {near!r}?")
-    out.append(augment.View(**{k: tuple(v) if isinstance(v, list) else v for k, v in view.items()}))
+    out.append(augment.View(**_with_tuples(view)))
   return tuple(out)
 
 
 def eval_view(config: Any) -> augment.EvaluationView:
   """The recipe's evaluation view."""
-  return augment.EvaluationView(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.eval_view.items()})
+  return augment.EvaluationView(**_with_tuples(config.eval_view))
+
+
+def _with_tuples(mapping: Any) -> dict[str, Any]:
+  """Lists, as JSON gives them, as the tuples that hash."""
+  return {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()}
 
 
 def check(config: Any, *, images: int, devices: int) -> None:
@@ -80,6 +87,8 @@ def check(config: Any, *, images: int, devices: int) -> None:
   for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints"):
     if config[key] < 1:
       raise UserError(f"{key} must be at least 1, got {config[key]}.")
+  if config.dtype not in ("float32", "bfloat16", "float16"):
+    raise UserError(f"dtype must be float32, bfloat16 or float16, got {config.dtype!r}.")
   for key in ("steps", "stop_after_steps", "epochs"):
     if config[key] is not None and config[key] < 1:
       raise UserError(f"{key} must be at least 1, got {config[key]}.")
@@ -118,19 +127,17 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
     )
 
 
-def nearest_key(config: Any, key: str) -> str | None:
+def has_key(config: Any, key: str) -> bool:
+  """Whether a dotted key exists, as a value or as a group of values."""
+  return any(f"{name}.".startswith(f"{key}.") for name in _flatten(config.to_dict()))
+
+
+def nearest_key(config: Any, key: str) -> str:
   """The existing dotted key that looks most like `key`."""
-  known = list(_flatten(config.to_dict()))
-  # The last part counts most: "optim.lrr" is about "lr.base" less than about "lr".
-  return next(iter(difflib.get_close_matches(key, known, 1, 0.0)), None)
+  return difflib.get_close_matches(key, _flatten(config.to_dict()), 1, 0.0)[0]
 
 
 def _flatten(tree: Any, prefix: Sequence[str] = ()) -> dict[str, Any]:
   if not isinstance(tree, dict):
     return {".".join(prefix): tree}
   return {k: v for name, child in tree.items() for k, v in _flatten(child, (*prefix, name)).items()}
-
-
-def has_key(config: Any, key: str) -> bool:
-  """Whether a dotted key exists."""
-  return key in _flatten(config.to_dict()) or any(name.startswith(f"{key}.") for name in _flatten(config.to_dict()))

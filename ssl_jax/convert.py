@@ -1,7 +1,7 @@
 """Weights to and from PyTorch: state dicts of arrays under torchvision's names, both ways, strict."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ _LEAVES = {
   "mean": "running_mean",
   "var": "running_var",
 }
-# Our module names and PyTorch's, where they differ: blocks, shortcuts, and the positions in a projector's Sequential.
-_NAMES = [
-  (r"^layer(\d+)_(\d+)$", r"layer\1.\2"),
-  (r"^downsample_conv$", "downsample.0"),
-  (r"^downsample_bn$", "downsample.1"),
-  (r"^linear(\d+)$", lambda m: str(3 * (int(m[1]) - 1))),
+# Our names and PyTorch's, where they differ: blocks, shortcuts, and the places in a projector's Sequential of
+# [linear, norm, ReLU] triples.
+_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+  (r"layer(\d+)_(\d+)", r"layer\1.\2"),
+  (r"downsample_conv", "downsample.0"),
+  (r"downsample_bn", "downsample.1"),
+  (r"projector\.linear(\d+)", lambda m: f"projector.{3 * int(m[1]) - 3}"),
+  (r"projector\.bn(\d+)", lambda m: f"projector.{3 * int(m[1]) - 2}"),
 ]
 
 
@@ -69,16 +71,10 @@ def to_torch(variables: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.
 def torch_name(path: tuple[str, ...]) -> str:
   """("params", "layer1_0", "conv1", "kernel") -> "layer1.0.conv1.weight"."""
   *modules, leaf = path[1:]
-  # A projector is a Sequential of [linear, norm, ReLU] triples; a ResNet's norms keep their names.
-  in_projector = bool(modules) and modules[-1].startswith("bn") and path[1] != modules[-1] and "projector" in modules
-  names = []
-  for module in modules:
-    for pattern, name in _NAMES:
-      module = re.sub(pattern, name, module)
-    names.append(module)
-  if in_projector:
-    names[-1] = str(3 * (int(modules[-1][2:]) - 1) + 1)
-  return ".".join([*names, _LEAVES[leaf]])
+  name = ".".join([*modules, _LEAVES[leaf]])
+  for pattern, replacement in _NAMES:
+    name = re.sub(pattern, replacement, name)
+  return name
 
 
 def _flatten(variables):

@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 _QUERY_BLOCK = 1024
 
 
 def knn_predict(
-  bank: jax.Array,
-  bank_labels: jax.Array,
-  queries: jax.Array,
+  bank: ArrayLike,
+  bank_labels: ArrayLike,
+  queries: ArrayLike,
   *,
   k: int = 20,
   temperature: float = 0.07,
   num_classes: int | None = None,
   chunk_size: int | None = None,
-  exclude: jax.Array | None = None,
+  exclude: ArrayLike | None = None,
 ) -> jax.Array:
   """Scores each query by the weighted votes of its k nearest bank rows.
 
@@ -45,6 +46,7 @@ def knn_predict(
     ValueError: shapes that do not fit, a temperature or k out of range, features that are not finite (not checked
       under `jax.jit`).
   """
+  bank, bank_labels, queries = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (bank, bank_labels, queries))
   if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
     raise ValueError(f"bank and queries must be [B, d] and [Q, d], got {bank.shape} and {queries.shape}.")
   if bank_labels.shape != bank.shape[:1]:
@@ -110,11 +112,13 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
   return lax.map(one_block, blocks).reshape(-1, num_classes)[: queries.shape[0]]
 
 
-def accuracy(scores: jax.Array, labels: jax.Array, *, k: int) -> dict[str, float]:
+def accuracy(scores: ArrayLike, labels: ArrayLike, *, k: int) -> dict[str, float]:
   """Top-1 and top-5 in percent of scores [Q, C] against labels [Q]; top-5 counts the first min(5, k, C) classes."""
+  scores = jnp.asarray(scores)
   _, order = lax.top_k(scores, min(5, scores.shape[1]))
   hits = np.asarray(order) == np.asarray(labels)[:, None]
-  return {"top1": 100.0 * float(hits[:, 0].mean()), "top5": 100.0 * float(hits[:, : min(5, k)].any(axis=1).mean())}
+  counts = {"top1": hits[:, 0].sum(), "top5": hits[:, : min(5, k)].any(axis=1).sum()}
+  return {name: float(100 * count / len(hits)) for name, count in counts.items()}
 
 
 def _unit(x):

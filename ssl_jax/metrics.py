@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, *, chance: float, title: str) -> None:
+def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, chance: float, title: str) -> None:
   """Draws the loss against its chance level and the k-NN accuracy against raw pixels and guessing."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -136,3 +137,27 @@ def format_duration(seconds: float) -> str:
   minutes, seconds = divmod(max(0, round(seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+def nonfinite_leaf(tree: Any) -> str | None:
+  """The path of the first array of a tree that holds NaN or infinity."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not np.isfinite(np.asarray(leaf)).all():
+      return jax.tree_util.keystr(path, simple=True, separator="/")
+  return None
+
+
+class Clock:
+  """Images per second since the last time it was asked, or restarted after an interruption."""
+
+  def __init__(self, step: int, batch_size: int):
+    self.batch_size = batch_size
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    self.step, self.time = step, time.perf_counter()
+
+  def images_per_second(self, step: int) -> float:
+    steps, seconds = step - self.step, time.perf_counter() - self.time
+    self.restart(step)
+    return steps * self.batch_size / max(seconds, 1e-9)

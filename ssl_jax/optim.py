@@ -1,7 +1,7 @@
 """Optimizers and schedules of the recipes, put together from optax."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -110,7 +110,7 @@ def adamw(
   return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
 
 
-OPTIMIZERS = {"lars": lars, "sgd": sgd, "adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": adamw}
 
 
 def from_config(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:

@@ -32,6 +32,12 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def abstract_batch(mesh: Mesh, batch: Any) -> Any:
+  """Shapes and sharding of a global batch, to trace with."""
+  sharding = NamedSharding(mesh, P(AXIS))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+
+
 def compile_step(step: Callable, mesh: Mesh) -> Callable:
   """Compiles `step(state, batch) -> (state, metrics)`: state and metrics replicated, batch split, state donated.
 

@@ -17,7 +17,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ssl_jax import data
-from ssl_jax.data import prepare
+from ssl_jax.data import dataset as order
+from ssl_jax.data import prepare, prepared
 from ssl_jax.data.fashion_mnist import CLASSES, read_split
 from ssl_jax.errors import UserError
 
@@ -87,7 +88,7 @@ def write_idx(folder, train=12, test=5, *, plain=False):
 @pytest.fixture
 def own(tmp_path):
   """A copy of the built-in set that a test may damage: (data_dir, version folder)."""
-  shutil.copytree(data.BUILTIN / "fashion_mnist_mini", tmp_path / "own")
+  shutil.copytree(prepared.BUILTIN / "fashion_mnist_mini", tmp_path / "own")
   return tmp_path, tmp_path / "own" / "1.0.0"
 
 
@@ -117,14 +118,14 @@ def test_the_built_in_set_is_the_head_of_the_published_files(split, n, images, l
 
 
 def test_the_built_in_set_names_its_source_and_no_machine():
-  folder = data.BUILTIN / "fashion_mnist_mini" / "1.0.0"
+  folder = prepared.BUILTIN / "fashion_mnist_mini" / "1.0.0"
   info = (folder / "dataset_info.json").read_text()
   assert "12,000" in info and "zalandoresearch" in info
   assert (folder / "label.labels.txt").read_text().split("\n")[:10] == list(CLASSES)
   for file in folder.iterdir():
     content = file.read_bytes()
     assert not [word for word in (b"/work", b"/home", b"/root", b"/tmp", b"/usr") if word in content]
-  readme = (data.BUILTIN / "README.md").read_text()
+  readme = (prepared.BUILTIN / "README.md").read_text()
   for needed in (
     "zalandoresearch/fashion-mnist",
     "2017 Zalando SE",
@@ -211,7 +212,7 @@ def test_the_highest_readable_version_is_taken(own):
     shutil.copytree(folder, data_dir / "own" / version)
     edit_info(data_dir / "own" / version, version=version)
   edit_info(data_dir / "own" / "2.0.0", fileFormat="tfrecord")
-  builder, _ = data._find("own", data_dir)
+  builder, _ = prepared._find("own", data_dir)
   assert pathlib.Path(builder.data_dir).name == "1.10.0"
   assert len(data.load("own:1.2.0", "test", data_dir=data_dir).images) == 2_000
   assert "no version 3.0.0, only 2.0.0, 1.10.0, 1.2.0, 1.0.0" in error_of("own:3.0.0", "test", data_dir=data_dir)
@@ -424,7 +425,8 @@ def test_a_second_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from ssl_jax.data import prepare
+from ssl_jax.data import dataset as order
+from ssl_jax.data import prepare, prepared
 from ssl_jax.data.fashion_mnist import FashionMnist
 generate = FashionMnist._generate_examples
 def until_killed(self, prefix):
@@ -635,10 +637,10 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
 def test_consecutive_steps_shuffle_once_an_epoch(monkeypatch):
   calls = []
   monkeypatch.setattr(data, "epoch_order", lambda *args: calls.append(args) or np.arange(args[-1]))
-  data._cached_order.cache_clear()
+  order._cached_order.cache_clear()
   for step in range(9):
     data.batch_indices(40, 10, 0, step)
-  data._cached_order.cache_clear()
+  order._cached_order.cache_clear()
   assert calls == [(0, 0, 40), (0, 1, 40), (0, 2, 40)]
 
 
@@ -661,18 +663,6 @@ def test_what_makes_no_batches_is_refused(kwargs, message):
 def test_a_process_beyond_the_last_is_refused(index):
   with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\)"):
     data.batch_indices(100, 10, 0, 0, process_index=index, process_count=2)
-
-
-def test_a_batch_gathers_images_labels_and_indices():
-  dataset = data.Dataset(draw(6, 2, 3, 1), np.arange(6, dtype=np.int32) * 10, 60, "x", "train")
-  got = data.batch(dataset, [4, 0])
-  assert {k: (v.dtype, v.shape) for k, v in got.items()} == {
-    "image": (np.uint8, (2, 2, 3, 1)),
-    "label": (np.int32, (2,)),
-    "index": (np.int64, (2,)),
-  }
-  np.testing.assert_array_equal(got["image"], dataset.images[[4, 0]])
-  assert got["label"].tolist() == [40, 0] and got["index"].tolist() == [4, 0]
 
 
 def test_nothing_here_imports_tensorflow():

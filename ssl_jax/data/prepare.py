@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
-from ssl_jax import data
+from ssl_jax.data import prepared
 from ssl_jax.data.fashion_mnist import PUBLISHED_AT, FashionMnist
 from ssl_jax.errors import UserError
 
@@ -90,9 +90,9 @@ def _source_folder(source):
 def _is_finished(folder, name):
   """Whether `folder` is complete. Removes what an interrupted copy left there; raises if it is not ours."""
   try:
-    builder = data.open_prepared(folder)
-    for split in builder.info.splits if data.is_array_record(builder) else ():
-      data.check_files(builder, split)
+    builder = prepared.open_prepared(folder)
+    for split in builder.info.splits if prepared.is_array_record(builder) else ():
+      prepared.check_files(builder, split)
   except UserError as error:
     ours = (f"{name}-", "dataset_info", "features", "label.labels", "LICENSE", "incomplete")
     if not all(f.name.startswith(ours) for f in folder.iterdir()):
@@ -100,7 +100,7 @@ def _is_finished(folder, name):
     print(f"removing {folder}, which is not complete")
     shutil.rmtree(folder)
     return False
-  if not data.is_array_record(builder):
+  if not prepared.is_array_record(builder):
     raise UserError(f"{folder} is prepared, but not as array_record: delete it, or choose another --data_dir.")
   return True
 
@@ -123,7 +123,7 @@ def _write(name, data_dir, folder, source):
 
 
 def _summary(folder):
-  splits = data.open_prepared(folder).info.splits
+  splits = prepared.open_prepared(folder).info.splits
   counts = ", ".join(f"{s} {splits[s].num_examples:,} images" for s in sorted(splits, reverse=True))
   size = sum(f.stat().st_size for f in folder.iterdir())
   return f"{folder}: {counts}, {size:,} bytes"

@@ -52,16 +52,16 @@ def nt_xent(
   if block_size is not None and block_size < 1:
     raise ValueError(f"block_size must be at least 1 or None, got {block_size}.")
   z1, z2 = _unit(z1), _unit(z2)
-  n, first = z1.shape[0], 0
+  n = z1.shape[0]
+  image = jnp.arange(n)  # where this device's images stand in the global batch
   everyone = jnp.stack([z1, z2])  # [2, n, d]
   if axis_name is not None:
     everyone = lax.all_gather(everyone, axis_name, axis=1, tiled=True)
-    first = lax.axis_index(axis_name) * n
+    image += lax.axis_index(axis_name) * n
   n_global = everyone.shape[1]
   if n_global < 2:
     raise ValueError(f"nt_xent needs a batch of at least two images for its negatives, got {n_global}.")
   candidates = everyone.reshape(2 * n_global, -1)
-  image = first + jnp.arange(n)  # where this device's images stand in the global batch
 
   def cross_entropy(view):
     z, positive, own = view

@@ -1,6 +1,7 @@
 """Flax linen modules: stateless, variables in and out."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import flax.linen as nn
 from ssl_jax.errors import UserError
 from ssl_jax.models import resnet
 
-ENCODERS = {
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
   "resnet": resnet.ResNet,
   "resnet18": resnet.resnet18,
   "resnet34": resnet.resnet34,

@@ -1,0 +1,87 @@
+"""What the commands share: mistakes in one line, flags, the compilation cache, signals."""
+
+import glob
+import os
+import pathlib
+import re
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags, logging
+
+from ssl_jax import config as configs
+from ssl_jax.errors import UserError
+
+
+def say(line: str) -> None:
+  """One line on standard output, at once, so that a log file is as alive as a terminal."""
+  print(line, flush=True)
+
+
+def run(main: Callable[[], int], recipe: str | None = None) -> None:
+  """Parses the flags and runs `main() -> exit status`; a user's mistake ends in one line and status 1.
+
+  `recipe` is the file that --config means where it is not given.
+  """
+
+  def wrapped(_):
+    logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax tell a lot at INFO.
+    _use_compilation_cache()
+    if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
+      say('an NVIDIA GPU is here, but JAX sees only the CPU; to use it: pip install -U "jax[cuda13]"')
+    try:
+      return main()
+    except UserError as error:
+      _fail(str(error))
+
+  app.run(wrapped, flags_parser=lambda argv: _parse(argv, recipe))
+
+
+def listen_for_sigterm() -> Callable[[], bool]:
+  """Returns a function that says whether SIGTERM has come. A second one ends the process at once."""
+  came = []
+
+  def handler(number, frame):
+    del frame
+    came.append(number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  signal.signal(signal.SIGTERM, handler)
+  return lambda: bool(came)
+
+
+def _use_compilation_cache():
+  """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR says where, if it is set."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssl_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _parse(argv, recipe):
+  """absl's parsing, with a mistake told in one line."""
+  given = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
+  if recipe and not given:
+    given, argv = [recipe], [argv[0], f"--config={recipe}", *argv[1:]]
+  file = given[-1].partition(":")[0] if given else ""
+  if file and not pathlib.Path(file).is_file():
+    _fail(f"there is no config file {file!r}.")
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:  # ml_collections: a key that the config does not have
+    if file:
+      config = runpy.run_path(file)["get_config"]()
+      keys = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
+      for key in keys:
+        if not configs.has_key(config, key):
+          _fail(f"there is no config key {key!r}; did you mean {configs.nearest_key(config, key)!r}?")
+    raise error
+  except (flags.Error, TypeError, ValueError) as error:
+    _fail(str(error))
+
+
+def _fail(text):
+  sys.exit(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}")

@@ -1,0 +1,267 @@
+"""Data sets that TFDS has prepared as ArrayRecord files, read without TensorFlow."""
+
+import difflib
+import io
+import os
+import pathlib
+import re
+import shlex
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from ssl_jax.data.dataset import Dataset, check_channels, to_pixels
+from ssl_jax.errors import UserError
+
+BUILTIN = pathlib.Path(__file__).parent / "builtin"
+_READ_AT_ONCE = 1024  # One call a record would cost three times the time.
+
+
+def load(
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  channels: int = 3,
+  max_bytes: int = 4 << 30,
+) -> Dataset:
+  """Reads a split of any image data set that TFDS has prepared in ArrayRecord form.
+
+  The feature `image` must be a uint8 `tfds.features.Image` or `Tensor` of one fixed size. The feature
+  `label`, if it is one integer an image, gives the labels.
+
+  Args:
+    name: `"cifar10"`, `"cifar10:3.0.2"`, `"name/config"` or `"name/config:1.0.0"`. Without a version, the
+      highest one in ArrayRecord form.
+    split: a split of it, or a TFDS slice such as `"train[:10000]"`.
+    data_dir: folder that holds `name/version`. None: the package's own folder if `name` is built in, else
+      `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+    channels: 3 (grey images are repeated) or 1 (colours become ITU-R 601 luma, rounded as Pillow's mode L).
+    max_bytes: the largest array to allocate.
+
+  Returns:
+    Dataset with images uint8 [n, H, W, channels], in the order on disk.
+
+  Raises:
+    UserError: the set, the version or the split is not there, is not in ArrayRecord form, was not prepared to
+      the end, is empty, or is nothing that fits into one array of `max_bytes`. Each names the way out.
+  """
+  check_channels(channels)
+  builder, prepare = _find(name, data_dir)
+  n = _count(builder, name, split)
+  height, width = _image_size(builder, name, n)
+  check_files(builder, split, prepare)
+  needed = n * height * width * channels
+  if needed > max_bytes:
+    most = max_bytes // (height * width * channels)
+    raise UserError(
+      f"{name} {split!r} needs {needed:,} bytes ({n:,} images of {height}x{width}x{channels}), max_bytes is "
+      f"{max_bytes:,}: only fixed-size sets that fit into memory are read now. Take at most {most:,} images, "
+      f"as 'train[:{most}]' does, or raise max_bytes."
+    )
+
+  label = dict(builder.info.features.items()).get("label")
+  # Class labels are scalars too. What is no integer (a caption, a list) is no class to count neighbours by.
+  labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+  images, labels = np.empty((n, height, width, channels), np.uint8), np.full(n, -1, np.int32)
+  for i, (image, example) in enumerate(_decoded(builder, split, n, channels, prepare)):
+    if image.shape != images.shape[1:]:
+      raise UserError(
+        f"{name} {split!r}: image {i} is {image.shape[0]}x{image.shape[1]}, where its features.json says "
+        f"{height}x{width}: only sets of one fixed image size are read now."
+      )
+    images[i] = image
+    if labelled:
+      labels[i] = example["label"]
+  num_classes = (getattr(label, "num_classes", None) or int(labels.max()) + 1) if labelled else 0
+  return Dataset(images, labels, num_classes, name, split)
+
+
+def open_prepared(folder: pathlib.Path, prepare: str = "prepare it again") -> Any:
+  """Opens a prepared version folder as a read-only TFDS builder.
+
+  Args:
+    folder: `data_dir/name/version` or `data_dir/name/config/version`.
+    prepare: how to prepare it again, for the error texts.
+
+  Returns:
+    tfds.core.DatasetBuilder. Whether its record files are there is `check_files`'s question.
+
+  Raises:
+    UserError: the metadata is missing or cannot be read.
+  """
+  missing = [f for f in ("dataset_info.json", "features.json") if not (folder / f).is_file()]
+  if missing:
+    raise UserError(f"{folder} has no {missing[0]}: its preparation was interrupted. Delete it and {prepare}")
+  try:
+    # By folder, not by name: `tfds.builder(name)` prefers a registered class, maybe of another version.
+    return tfds.builder_from_directory(folder)
+  except Exception as error:  # JSON, protobuf and import errors, of TFDS's choice.
+    raise UserError(
+      f"{folder} cannot be opened ({_brief(error)}). If its metadata is damaged, delete it and {prepare}"
+    ) from error
+
+
+def check_files(builder: Any, split: str, prepare: str = "prepare it again") -> None:
+  """Raises UserError unless every ArrayRecord file that `split` needs is there and is not empty."""
+  for needed in builder.info.splits[split].file_instructions:
+    path = pathlib.Path(needed.filename)
+    if not path.is_file() or not path.stat().st_size:
+      raise UserError(
+        f"{path.parent} lacks {path.name}: its preparation or copy was interrupted. Delete the folder and {prepare}"
+      )
+
+
+def is_array_record(builder: Any) -> bool:
+  """Whether a prepared data set holds ArrayRecord files, the form that is read without TensorFlow."""
+  return "array_record" in {f.value for f in builder.info.available_file_formats()}
+
+
+def _find(name, data_dir):
+  """Opens the version of `name` that `load` describes. Returns its builder, and how to prepare it again."""
+  parsed = re.fullmatch(r"(\w[\w.-]*)(?:/(\w[\w.+-]*))?(?::(\d+\.\d+\.\d+))?", name)
+  if not parsed:
+    raise UserError(f"a data set is named as name, name:1.2.3, name/config or name/config:1.2.3, got {name!r}.")
+  dataset, config, version = parsed.groups()
+  if "://" in str(data_dir):
+    raise UserError(f"data_dir must be a folder on this machine (mount or copy it), got {data_dir}.")
+  if data_dir is not None:
+    root = pathlib.Path(data_dir).expanduser()
+  elif (BUILTIN / dataset).is_dir():
+    root = BUILTIN
+  else:
+    root = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+  folder = root / dataset / (config or "")
+  versions = _versions(folder)
+  if not versions and not config:
+    configs = sorted(d.name for d in _folders(folder) if _versions(d))
+    if len(configs) > 1:
+      names = ", ".join(f"{dataset}/{c}" for c in configs)
+      raise UserError(f"{dataset} in {root} has several configurations, name one of them: {names}.")
+    if configs:
+      config, folder = configs[0], folder / configs[0]
+      versions = _versions(folder)
+  full_name = f"{dataset}/{config}" if config else dataset
+  prepare = prepare_command(full_name, root)
+  if version and versions and version not in versions:
+    raise UserError(f"{dataset} in {root} has no version {version}, only {', '.join(versions)}.")
+  if not versions:
+    unfinished = sorted(folder.glob("incomplete.*"))
+    if unfinished:
+      raise UserError(
+        f"the preparation of {name!r} was interrupted, or still runs. If it does not: delete {unfinished[0]} "
+        f"and {prepare}"
+      )
+    raise UserError(_not_found(name, dataset, root, prepare))
+  for candidate in [version] if version else versions:
+    builder = open_prepared(folder / candidate, prepare)
+    if is_array_record(builder):
+      return builder, prepare
+  found = builder.info.file_format.value
+  raise UserError(
+    f"{name!r} in {root} is prepared as {found} only, which needs TensorFlow to read. "
+    f"Into another data_dir, as array_record, {prepare_command(full_name, f'{root}_array_record')}"
+  )
+
+
+def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
+  """The line that prepares `name`, for an error text: ours for Fashion-MNIST, else TFDS's with TensorFlow."""
+  if name in ("fashion_mnist", "fashion_mnist_mini"):
+    return f"prepare it: python -m ssl_jax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
+  return (
+    "prepare it, in an environment of its own: "
+    "pip install tensorflow-cpu tensorflow-datasets importlib_resources pillow && "
+    f"python -c \"import tensorflow_datasets as t; t.builder('{name}', data_dir='{data_dir}', "
+    "file_format='array_record').download_and_prepare()\""
+  )
+
+
+def _not_found(name, dataset, root, prepare):
+  prepared = []
+  for folder in _folders(root):
+    inner = [f"{folder.name}/{d.name}" for d in _folders(folder) if _versions(d)]
+    prepared += [folder.name] if _versions(folder) else inner
+  builtin = [d.name for d in _folders(BUILTIN) if _versions(d)]
+  known = sorted({*prepared, *builtin, "fashion_mnist"})
+  nearest = [k for k in difflib.get_close_matches(dataset.lower(), known) if k != dataset]
+  prepared.sort(key=lambda p: (p not in nearest, p))
+  there = "the folder does not exist" if not root.is_dir() else f"prepared there: {', '.join(prepared) or 'none'}"
+  built_in = f"built in, with data_dir unset: {', '.join(builtin)}"
+  hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+  if dataset in builtin:
+    return f"no data set {name!r} in {root} ({there}): it is built in, leave data_dir unset."
+  if nearest and nearest[0] == "fashion_mnist" and "fashion_mnist" not in prepared:
+    dataset, prepare = "fashion_mnist", prepare_command("fashion_mnist", root)
+  return f"no data set {name!r} in {root} ({there}; {built_in}).{hint} If {dataset!r} is right, {prepare}"
+
+
+def _folders(folder):
+  return sorted(d for d in folder.iterdir() if d.is_dir()) if folder.is_dir() else []
+
+
+def _versions(folder):
+  """Version folders, the highest first."""
+  names = [d.name for d in _folders(folder) if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
+  return sorted(names, key=lambda v: [int(part) for part in v.split(".")], reverse=True)
+
+
+def _count(builder, name, split):
+  """The number of images in a split."""
+  splits = builder.info.splits
+  try:
+    n = splits[split].num_examples
+  except (ValueError, KeyError) as error:
+    sizes = ", ".join(f"{s} ({i.num_examples:,} images)" for s, i in sorted(splits.items()))
+    raise UserError(
+      f"{name} has no split {split!r} ({_brief(error)}). It has: {sizes}. A slice is written 'train[:1000]'."
+    ) from None
+  if not n:
+    raise UserError(f"{name} {split!r} holds no images: take a split or a slice that does.")
+  return n
+
+
+def _image_size(builder, name, n):
+  """(height, width) from the metadata."""
+  feature = dict(builder.info.features.items()).get("image")
+  if feature is None:
+    raise UserError(f"{name} has no feature 'image', only {', '.join(sorted(builder.info.features))}.")
+  shape = tuple(feature.shape)
+  if feature.np_dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,), (4,), (None,)):
+    raise UserError(
+      f"{name}: the feature 'image' must be uint8 [height, width, 1, 3 or 4], got {feature.np_dtype} {shape}."
+    )
+  if None in shape[:2]:
+    raise UserError(
+      f"{name} holds images of different sizes (shape {shape} in its features.json; {n:,} images, "
+      f"{builder.info.dataset_size:,} bytes encoded): only fixed-size sets that fit into memory are read now."
+    )
+  return shape[:2]
+
+
+def _decoded(builder, split, n, channels, prepare):
+  """Yields (pixels uint8 [h, w, channels], example) for the n examples of a split, in the order on disk."""
+  encoded = isinstance(builder.info.features["image"], tfds.features.Image)
+  # Pillow decodes below, without TFDS's warning about OpenCV and its detours.
+  decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
+  try:
+    source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
+    for start in range(0, n, _READ_AT_ONCE):
+      for example in source.__getitems__(list(range(start, min(start + _READ_AT_ONCE, n)))):
+        yield to_pixels(_image(example["image"]), channels), example
+  except Exception as error:  # ArrayRecord, protobuf and Pillow raise what they like on damaged bytes.
+    raise UserError(f"{builder.data_dir} holds damaged records ({_brief(error)}). Delete it and {prepare}") from error
+
+
+def _image(value):
+  """A PNG or JPEG, or a uint8 array [h, w] or [h, w, c], as a Pillow image."""
+  if isinstance(value, bytes):
+    return PIL.Image.open(io.BytesIO(value))
+  return PIL.Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
+
+
+def _brief(error):
+  """The first line of an error's text: TFDS appends paragraphs."""
+  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
