@@ -43,14 +43,12 @@ def main() -> int:
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is not a run: it has no config.json.")
   config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-  bank, queries = (
-    load(config, BANK_SPLIT.value or config.data.split),
-    load(config, TEST_SPLIT.value or config.data.test_split),
-  )
+  bank = load(config, BANK_SPLIT.value or config.data.split)
+  queries = load(config, TEST_SPLIT.value or config.data.test_split)
   step, variables, encoder = restore_encoder(workdir, config, bank.images.shape[1:])
-  say(
-    f"step {step} of {workdir}: bank {bank.name} {bank.split} ({len(bank.images):,}), queries {queries.name} {queries.split} ({len(queries.images):,})"
-  )
+  say(f"step {step} of {workdir}")
+  for role, x in (("bank", bank), ("queries", queries)):
+    say(f"{role}: {x.name} {x.split}, {len(x.images):,} images")
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
@@ -100,8 +98,7 @@ def restore_encoder(workdir: pathlib.Path, config, image_shape):
     keys = augment.example_keys(config.seed, jnp.int32(0), jnp.arange(1))
     return method.init(jax.random.key(0), augment.make_views(keys, jnp.zeros((1, *image_shape), jnp.uint8), views))
 
-  here = parallel.replicated(parallel.make_mesh())
-  params, state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))
+  params, state = parallel.abstract(jax.eval_shape(init), parallel.replicated(parallel.make_mesh()))
   try:
     restored = checkpoint.restore(folder, step, {"params": params, "state": state})
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.

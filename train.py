@@ -7,10 +7,12 @@
 Started again with the same workdir, it goes on from the last checkpoint, exactly.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -76,133 +78,118 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, views, se
   return train_step
 
 
-def main(config, workdir: pathlib.Path) -> int:
-  """Trains. Returns the exit status: 0, or 143 where SIGTERM ended the run."""
-  stopping = listen_for_sigterm()
+class Plan(NamedTuple):
+  """A recipe with everything built from it that a run needs."""
 
-  # Whatever can be wrong with the settings shows here, before anything is compiled.
+  mesh: jax.sharding.Mesh
+  train_set: data.Dataset
+  test_set: data.Dataset | None  # None: no labels, no online k-NN
+  steps: int  # of the schedule
+  steps_per_epoch: int
+  last_step: int  # of this run
+  learning_rate: optax.Schedule
+  method: Method
+  init: Callable
+  state: TrainState  # shapes, types and shardings
+  train_step: Callable
+  extractor: Callable
+
+
+def make_plan(config) -> Plan:
+  """Builds everything. Whatever is wrong with a recipe shows here, before anything is compiled."""
   mesh = parallel.make_mesh()
   train_set = load(config, config.data.split)
   configs.check(config, images=len(train_set.images), devices=mesh.size)
+  test_set = load(config, config.data.test_split) if train_set.num_classes and config.data.test_split else None
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set.images))
-  last_step = min(steps, config.stop_after_steps or steps)
-  peak = optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
-  learning_rate = optim.warmup_cosine(peak, round(config.lr.warmup_epochs * steps_per_epoch), steps, config.lr.end)
+  learning_rate = optim.warmup_cosine(
+    peak_learning_rate(config), round(config.lr.warmup_epochs * steps_per_epoch), steps, config.lr.end
+  )
   optimizer = optim.from_config(config, learning_rate)
   views = configs.views(config)
   module = methods.find(config.method.name)
-  everywhere = parallel.replicated(mesh)
   try:
     method, encoder = module.from_config(config, steps), module.make_encoder(config)
-    init = make_init(method, optimizer, views, train_set.images.shape[1:], config.seed)
-    shapes = jax.eval_shape(init)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+    init = jax.jit(
+      make_init(method, optimizer, views, train_set.images.shape[1:], config.seed),
+      out_shardings=parallel.replicated(mesh),
+    )
+    state = parallel.abstract(init.eval_shape(), parallel.replicated(mesh))
     train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed), mesh)
-    first = parallel.abstract_batch(mesh, {"image": train_set.images[: config.batch_size]})
-    train_step.trace(abstract, first)
+    batch = parallel.abstract({"image": train_set.images[: config.batch_size]}, parallel.split(mesh))
+    train_step.trace(state, batch)
     extractor = evaluate.make_extractor(encoder, configs.eval_view(config), mesh)
-    extractor.trace(jax.eval_shape(method.encoder, shapes.params, shapes.state), first["image"])
+    extractor.trace(method.encoder(state.params, state.state), batch["image"])
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
-  test_set = load(config, config.data.test_split) if train_set.num_classes and config.data.test_split else None
+  last_step = min(steps, config.stop_after_steps or steps)
+  return Plan(
+    mesh,
+    train_set,
+    test_set,
+    steps,
+    steps_per_epoch,
+    last_step,
+    learning_rate,
+    method,
+    init,
+    state,
+    train_step,
+    extractor,
+  )
 
-  # Resume where there is something to resume.
+
+def main(config, workdir: pathlib.Path) -> int:
+  """Trains. Returns the exit status: 0, or 143 where SIGTERM ended the run."""
+  stopping = listen_for_sigterm()
+  plan = make_plan(config)
   folder = workdir / "checkpoints"
   if checkpoint.steps(folder):
     configs.check_same(config, json.loads((workdir / "config.json").read_text()))
-  restored = checkpoint.restore_newest(folder, abstract._asdict(), say)
+  restored = checkpoint.restore_newest(folder, plan.state._asdict(), say)
   start = restored[0] if restored else 0
-  if start >= last_step:
-    say(f"complete: {workdir} holds the checkpoint of step {start}, of {last_step}; nothing to do")
+  if start >= plan.last_step:
+    say(f"complete: {workdir} holds the checkpoint of step {start}, of {plan.last_step}; nothing to do")
     return 0
   workdir.mkdir(parents=True, exist_ok=True)
   write_whole(workdir / "config.json", json.dumps(configs.to_json(config), indent=2) + "\n")
-  writer = metrics.Writer(workdir, start if restored else -1)
-  saver = checkpoint.manager(folder, config.keep_checkpoints)
-
-  chance = method.chance(config.batch_size)
-  sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes.params["encoder"], shapes.params)]
-  shape = "x".join(map(str, train_set.images.shape[1:]))
-  say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)")
-  say(f"data: {train_set.name} {train_set.split}, {len(train_set.images):,} images {shape}")
-  say(f"{config.method.name}: {sizes[0]:,} parameters in the encoder, {sizes[1]:,} in all")
-  say(f"batch {config.batch_size}, {steps_per_epoch} steps an epoch, {steps} steps, this run ends at {last_step}")
-  say(f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak:g}, end {config.lr.end:g}")
-  say(f"loss at chance: {chance:.4f}")
-  if test_set is None:
-    say("no labels or no test split: the online k-NN is off")
+  for line in describe(config, plan):
+    say(line)
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
 
   started = time.perf_counter()
-  train = TrainState(**restored[1]) if restored else jax.jit(init, out_shardings=everywhere)()
+  train = TrainState(**restored[1]) if restored else plan.init()
+  waiting: list[tuple[int, dict]] = []  # (step, metrics) still on the device
+  with (
+    contextlib.closing(metrics.Writer(workdir, start if restored else -1)) as writer,
+    contextlib.closing(checkpoint.manager(folder, config.keep_checkpoints)) as saver,  # waits for its saves
+  ):
+    if start == 0:
+      evaluation(config, plan, writer, train, 0)
+    clock = metrics.Clock(start, config.batch_size)
+    for step in range(start + 1, plan.last_step + 1):
+      batch = {"image": plan.train_set.images[local_indices(config, len(plan.train_set.images), step - 1)]}
+      train, row = plan.train_step(train, parallel.put_batch(plan.mesh, batch))
+      if waiting and waiting[-1][0] % config.log_every_steps == 0:
+        report(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
+      waiting.append((step, row))
+      if step == start + 1:
+        jax.block_until_ready(train)
+        say(f"first step done after {time.perf_counter() - started:.1f} s")
+        clock.restart(step)
 
-  def evaluation(step):
-    """Writes an evaluation row. Returns the k-NN top-1, None where there are no labels."""
-    if test_set is None:
-      return None
-    bank = evaluate.first_images(train_set, config.knn.bank_images)
-    settings = dict(k=config.knn.k, temperature=config.knn.temperature)
-    variables = method.encoder(train.params, train.state)
-    a, b = (evaluate.features(extractor, variables, x.images, config.batch_size, mesh) for x in (bank, test_set))
-    scores = evaluate.knn_accuracy(a, bank.labels, b, test_set.labels, **settings)
-    row = {"step": step, "epoch": step / steps_per_epoch} | {f"knn_{name}": score for name, score in scores.items()}
-    if step == 0:
-      row |= evaluate.pixel_baselines(bank, test_set, **settings)
-    writer.write(row)
-    say(f"step {step}/{steps}  k-NN top-1 {scores['top1']:.2f} %")
-    return scores["top1"]
-
-  waiting: list[tuple[int, dict]] = []  # steps whose metrics are still on the device
-
-  def report():
-    """Looks at all waiting steps, and writes the rows that are due."""
-    for step, values in jax.device_get(waiting):
-      if not all(np.isfinite(value) for value in values.values()):
-        raise UserError(describe_nonfinite(step, values, train))
-      if step % config.log_every_steps and step != last_step:
-        continue
-      rate = clock.images_per_second(step)
-      row = {"step": step, "epoch": step / steps_per_epoch, "learning_rate": float(learning_rate(step - 1))}
-      row |= {name: float(value) for name, value in values.items()} | {"images_per_second": rate}
-      writer.write(row)
-      left = metrics.format_duration((last_step - step) * config.batch_size / rate)
-      say(
-        f"step {step}/{steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {chance:.2f})  "
-        f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s  {left} left"
-      )
-      if warning := metrics.collapse_warning(row):
-        say(f"warning: {warning}")
-    waiting.clear()
-
-  if start == 0:
-    evaluation(0)
-  clock = metrics.Clock(start, config.batch_size)
-  for step in range(start + 1, last_step + 1):
-    batch = {"image": train_set.images[local_indices(config, len(train_set.images), step - 1)]}
-    train, row = train_step(train, parallel.put_batch(mesh, batch))
-    if waiting and waiting[-1][0] % config.log_every_steps == 0:
-      report()  # One step late: the device is at work on the next one already.
-    waiting.append((step, row))
-    if step == start + 1:
-      jax.block_until_ready(train)
-      say(f"first step done after {time.perf_counter() - started:.1f} s")
-      clock.restart(step)
-
-    ends = step == last_step or stopping()
-    evaluates = step % (config.eval_every_epochs * steps_per_epoch) == 0 or step == last_step
-    if ends or evaluates or step % config.checkpoint_every_steps == 0:
-      report()  # Before the save, so that nothing bad is saved and no row is lost.
-      top1 = evaluation(step) if evaluates else None
-      if step == last_step:
-        title = f"{config.method.name}, {train_set.name}"
-        metrics.draw_curves(metrics.read_rows(workdir / "metrics.jsonl"), workdir / "curves.png", chance, title)
-      checkpoint.save(saver, step, train._asdict(), top1)
-      clock.restart(step)
-    if ends:
-      break
-  saver.close()  # waits for the save
-  writer.close()
-  if step < last_step:
+      ends = step == plan.last_step or stopping()
+      evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
+      if ends or evaluates or step % config.checkpoint_every_steps == 0:
+        report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.
+        top1 = evaluation(config, plan, writer, train, step) if evaluates else None
+        if step == plan.last_step:
+          metrics.draw_curves(workdir, chance(config, plan), f"{config.method.name}, {plan.train_set.name}")
+        checkpoint.save(saver, step, train._asdict(), top1)
+        clock.restart(step)
+      if ends:
+        break
+  if step < plan.last_step:
     say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
     return 143
   for line in summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
@@ -210,6 +197,72 @@ def main(config, workdir: pathlib.Path) -> int:
   for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png"):
     say(f"wrote {workdir / name}")
   return 0
+
+
+def describe(config, plan: Plan) -> list[str]:
+  """What the user sees first."""
+  params = plan.state.params
+  encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
+  images = plan.train_set.images
+  lines = [
+    f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
+    f"data: {plan.train_set.name} {plan.train_set.split}, {len(images):,} images of {list(images.shape[1:])}",
+    f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
+    f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
+    f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
+    f"end {config.lr.end:g}",
+    f"loss at chance: {chance(config, plan):.4f}",
+  ]
+  return lines if plan.test_set else [*lines, "no labels or no test split: the online k-NN is off"]
+
+
+def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, step: int) -> float | None:
+  """Writes an evaluation row. Returns the k-NN top-1 in percent, None where there are no labels."""
+  if plan.test_set is None:
+    return None
+  bank, queries = evaluate.first_images(plan.train_set, config.knn.bank_images), plan.test_set
+  variables = plan.method.encoder(train.params, train.state)
+  features = [
+    evaluate.features(plan.extractor, variables, x.images, config.batch_size, plan.mesh) for x in (bank, queries)
+  ]
+  settings = dict(k=config.knn.k, temperature=config.knn.temperature)
+  scores = evaluate.knn_accuracy(features[0], bank.labels, features[1], queries.labels, **settings)
+  row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
+  if step == 0:
+    row |= evaluate.pixel_baselines(bank, queries, **settings)
+  writer.write(row)
+  say(f"step {step}/{plan.steps}  k-NN top-1 {scores['top1']:.2f} %")
+  return scores["top1"]
+
+
+def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, waiting: list, train: TrainState) -> None:
+  """Looks at all waiting steps, writes the rows that are due, and empties the list."""
+  for step, values in jax.device_get(waiting):
+    if not all(np.isfinite(value) for value in values.values()):
+      raise UserError(describe_nonfinite(step, values, train))
+    if step % config.log_every_steps and step != plan.last_step:
+      continue
+    rate = clock.images_per_second(step)
+    row = {"step": step, "epoch": step / plan.steps_per_epoch, "learning_rate": float(plan.learning_rate(step - 1))}
+    row |= {name: float(value) for name, value in values.items()} | {"images_per_second": rate}
+    writer.write(row)
+    left = metrics.format_duration((plan.last_step - step) * config.batch_size / rate)
+    say(
+      f"step {step}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+      f"{rate:,.0f} images/s  {left} left"
+    )
+    if warning := metrics.collapse_warning(row):
+      say(f"warning: {warning}")
+  waiting.clear()
+
+
+def peak_learning_rate(config) -> float:
+  return optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
+
+
+def chance(config, plan: Plan) -> float:
+  """The loss of uninformative outputs."""
+  return plan.method.chance(config.batch_size)
 
 
 def load(config, split: str) -> data.Dataset:

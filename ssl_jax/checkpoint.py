@@ -1,12 +1,18 @@
 """Checkpoints by Orbax: asynchronous, the last few and the best; restored on any number of devices."""
 
+import contextlib
+import gc
+import logging
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from ssl_jax.errors import UserError
@@ -28,7 +34,8 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any], knn_top1: float | None) -> None:
   """Starts saving; the arrays are copied before this returns, so that the next step may overwrite them."""
-  items = ocp.args.Composite(state=ocp.args.StandardSave(state))
+  marked = {**state, "fingerprint": {name: fingerprint(part) for name, part in state.items()}}
+  items = ocp.args.Composite(state=ocp.args.StandardSave(marked))
   saver.save(step, args=items, metrics=None if knn_top1 is None else {"knn_top1": knn_top1}, force=True)
 
 
@@ -57,9 +64,11 @@ def restore_newest(
   errors: dict[int, str] = {}
   for step in steps(folder):
     try:
-      state = restore(folder, step, abstract)
+      with _quiet():
+        state = restore(folder, step, abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-      errors[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+      text = str(error).strip() or type(error).__name__
+      errors[step] = text.splitlines()[0].partition(". See full")[0][:200]
       continue
     for bad, why in errors.items():
       target = folder.parent / "damaged" / str(bad)
@@ -78,14 +87,49 @@ def restore_newest(
 
 
 def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-  """Restores the parts of the checkpoint of `step` that `abstract` names, to the shardings that it has."""
-  restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), abstract)
+  """Restores the parts of the checkpoint of `step` that `abstract` names, to the shardings that it has.
+
+  Raises:
+    Exception: of many kinds, by Orbax and TensorStore, for files that are damaged or missing.
+    ValueError: an array has another shape or type, or not the bits that were saved.
+  """
+  sharding = jax.tree.leaves(abstract)[0].sharding
+  mark = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding)
+  marked = {**abstract, "fingerprint": dict.fromkeys(abstract, mark)}
+  restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), marked)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     state = reader.restore(
       (folder / str(step) / "state").absolute(),
-      args=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True),
+      args=ocp.args.PyTreeRestore(item=marked, restore_args=restore_args, partial_restore=True),
     )
-  for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True):
-    if (got.shape, got.dtype) != (want.shape, want.dtype):
-      raise ValueError(f"{jax.tree_util.keystr(path)} is {got.dtype}{got.shape}, not {want.dtype}{want.shape}")
+  for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(marked), strict=True):
+    if not isinstance(got, jax.Array) or (got.shape, got.dtype) != (want.shape, want.dtype):
+      raise ValueError(f"{jax.tree_util.keystr(path)} is not there as {want.dtype}{list(want.shape)}")
+  marks = state.pop("fingerprint")
+  changed = [name for name, part in state.items() if fingerprint(part) != marks[name]]
+  if changed:
+    raise ValueError(f"the bits of {', '.join(changed)} are not those that were saved")
   return state
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Holds back the hundreds of tracebacks of Orbax's other reads, where one has failed and is told."""
+  logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+  logger.disabled, sys.unraisablehook = True, lambda _: None
+  try:
+    yield
+  finally:
+    gc.collect()  # Abandoned reads complain when they are collected.
+    logger.disabled, sys.unraisablehook = False, hook
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+  """A uint32 of all bits of a tree, computed where its arrays are: TensorStore does not notice a flipped bit."""
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32).ravel()
+    # Odd weights by place, so that no changed word and no exchange of two leaves the sum as it was.
+    total = 31 * total + jnp.sum(words * (2 * lax.iota(jnp.uint32, words.size) + 1), dtype=jnp.uint32)
+  return total

@@ -103,8 +103,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, chance: float, title: str) -> None:
-  """Draws the loss against its chance level and the k-NN accuracy against raw pixels and guessing."""
+def draw_curves(workdir: pathlib.Path, chance: float, title: str) -> None:
+  """Draws curves.png from metrics.jsonl: the loss and its chance level, the k-NN, raw pixels' and guessing."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -112,6 +112,7 @@ def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, chance: float, t
   FigureCanvasAgg(figure)
   left, right = figure.subplots(1, 2)
   figure.suptitle(title)
+  rows = read_rows(workdir / "metrics.jsonl")
   losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
   if losses:
     left.plot(*np.array(losses).T, label="loss")
@@ -129,7 +130,7 @@ def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, chance: float, t
   else:
     right.text(0.5, 0.5, "no labels, no k-NN", ha="center", transform=right.transAxes)
   right.set(xlabel="step", ylabel="top-1 (%)")
-  figure.savefig(path, dpi=120)
+  figure.savefig(workdir / "curves.png", dpi=120)
 
 
 def format_duration(seconds: float) -> str:

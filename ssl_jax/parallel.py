@@ -26,16 +26,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def split(mesh: Mesh) -> NamedSharding:
+  """The sharding of a batch: its first axis over the devices."""
+  return NamedSharding(mesh, P(AXIS))
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
   """This process's part of a batch, arrays [local_batch, ...], as global arrays that are split over the devices."""
-  sharding = NamedSharding(mesh, P(AXIS))
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
 
 
-def abstract_batch(mesh: Mesh, batch: Any) -> Any:
-  """Shapes and sharding of a global batch, to trace with."""
-  sharding = NamedSharding(mesh, P(AXIS))
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+  """The shapes and types of a tree, with a sharding: what tracing and restoring take."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def compile_step(step: Callable, mesh: Mesh) -> Callable:

@@ -9,6 +9,7 @@ torchvision's; the official ones are TensorFlow's.
 import math
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import struct
 from jax import lax
 
 from ssl_jax import models
+from ssl_jax.errors import UserError
 from ssl_jax.losses import nt_xent
 from ssl_jax.methods.base import AXIS, Aux, Method
 from ssl_jax.models.heads import SimCLRProjector
@@ -64,6 +66,7 @@ def simclr(
 
   def forward(params, batch_stats, views):
     """[2, b, h, w, c] -> projections [2, b, d] and the new running statistics."""
+    chex.assert_shape(views, (2, None, None, None, None))
 
     def encode(images):
       variables = {"params": params, "batch_stats": batch_stats}
@@ -105,6 +108,9 @@ def simclr(
 def from_config(config: Any, steps: int) -> Method:
   """Builds SimCLR as a recipe describes it; `steps` is for methods with schedules."""
   del steps
+  sizes = [view["size"] for view in config.views]
+  if len(sizes) != 2 or sizes[0] != sizes[1]:
+    raise UserError(f"simclr takes two views of one size, got sizes {sizes}.")
   dtype = jnp.dtype(config.dtype)
   encoder = make_encoder(config)
   projector = SimCLRProjector(**config.method.projector, axis_name=AXIS, dtype=dtype)

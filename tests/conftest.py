@@ -1,0 +1,40 @@
+"""Four virtual CPU devices, set before JAX starts; a window of float64; the golden files."""
+
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+# XLA's thread pool is as large as the core count: with fewer threads than devices a collective can hang for ever.
+os.environ["NPROC"] = "8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the suite's time is XLA's compiler
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+TESTS = pathlib.Path(__file__).parent
+for folder in (TESTS / "golden", TESTS.parent):  # named_weights; ssl_jax and train where they are not installed
+  sys.path.insert(0, str(folder))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
+
+
+@pytest.fixture
+def x64():
+  """float64 for one test."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """`golden(name)`: the arrays of tests/golden/{name}.npz."""
+  return lambda name: np.load(TESTS / "golden" / f"{name}.npz", allow_pickle=False)
+
+
+@pytest.fixture(scope="session")
+def mesh():
+  """`mesh(n)`: the first n devices on the axis "batch"."""
+  return lambda n: Mesh(np.array(jax.devices()[:n]), ("batch",))

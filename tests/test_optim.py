@@ -1,0 +1,248 @@
+"""Optimizers and schedules against recursions written out in NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from ssl_jax import methods, optim
+from ssl_jax.errors import UserError
+from ssl_jax.methods.simclr import simclr
+from ssl_jax.models import resnet
+from ssl_jax.models.heads import SimCLRProjector
+
+NO_DECAY = (".*/bias", ".*/scale")
+STEPS = 10
+
+
+def schedule(step):
+  """A warm-up over three steps, then a fall, so that the learning rate changes at every step."""
+  return jnp.where(step < 3, 0.1 * (step + 1), 0.3 / (step + 1))
+
+
+def draw_problem(seed=0):
+  """Parameters and the gradients of ten steps, in float64."""
+  rng = np.random.default_rng(seed)
+  params = {"w": rng.normal(size=(6, 4)), "b": rng.normal(size=4)}
+  return params, [{"w": rng.normal(size=(6, 4)), "b": rng.normal(size=4)} for _ in range(STEPS)]
+
+
+def run(optimizer, params, gradients):
+  """The parameters after each step."""
+  params = jax.tree.map(jnp.asarray, params)
+  state = optimizer.init(params)
+
+  @jax.jit
+  def step(params, state, gradient):
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+  history = []
+  for gradient in gradients:
+    params, state = step(params, state, gradient)
+    history.append(jax.tree.map(np.asarray, params))
+  return history
+
+
+def without_bias(params):
+  return optim.decayed(params, ("b",))
+
+
+def assert_history(got, want):
+  assert len(got) == len(want)
+  for step, (a, b) in enumerate(zip(got, want, strict=True)):
+    for name in b:
+      # float64: another order of summation in the norms
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-12, atol=1e-13, err_msg=f"{name} after step {step}")
+
+
+@pytest.mark.parametrize("lr_inside", [True, False])
+def test_lars_gives_the_official_numbers(x64, golden, lr_inside):
+  g = golden("lars")  # at a constant rate both forms are one
+  settings = {name: float(g[name]) for name in ("weight_decay", "momentum", "trust_coefficient")}
+  optimizer = optim.lars(optax.constant_schedule(float(g["lr"])), without_bias, lr_inside=lr_inside, **settings)
+  gradients = [{"w": g[f"gw{i}"], "b": g[f"gb{i}"]} for i in range(5)]
+  got = run(optimizer, {"w": g["w0"], "b": g["b0"]}, gradients)
+  assert_history(got, [{"w": g[f"w{i}"], "b": g[f"b{i}"]} for i in range(1, 6)])
+
+
+def lars_in_numpy(params, gradients, lr_inside, weight_decay, momentum, trust):
+  """`w` decays and adapts, `b` does neither. Written from the two official update rules."""
+  p = {name: value.copy() for name, value in params.items()}
+  v = {name: np.zeros_like(value) for name, value in params.items()}
+  history = []
+  for step, gradient in enumerate(gradients):
+    lr = float(schedule(step))
+    for name in p:
+      g, ratio = gradient[name], 1.0
+      if name == "w":
+        g = g + weight_decay * p[name]
+        ratio = trust * np.linalg.norm(p[name]) / np.linalg.norm(g)
+      if lr_inside:
+        v[name] = momentum * v[name] + lr * ratio * g
+        p[name] = p[name] - v[name]
+      else:
+        v[name] = momentum * v[name] + ratio * g
+        p[name] = p[name] - lr * v[name]
+    history.append(dict(p))
+  return history
+
+
+@pytest.mark.parametrize("lr_inside", [True, False])
+def test_lars_is_its_formula_while_the_learning_rate_changes(x64, lr_inside):
+  params, gradients = draw_problem()
+  optimizer = optim.lars(
+    schedule, without_bias, weight_decay=0.02, momentum=0.8, trust_coefficient=0.01, lr_inside=lr_inside
+  )
+  want = lars_in_numpy(params, gradients, lr_inside, 0.02, 0.8, 0.01)
+  assert_history(run(optimizer, params, gradients), want)
+  other = lars_in_numpy(params, gradients, not lr_inside, 0.02, 0.8, 0.01)
+  assert np.abs(want[-1]["b"] - other[-1]["b"]).max() > 0.1  # the two forms can be told apart here
+
+
+@pytest.mark.parametrize("which", ["gradient", "parameter", "both"])
+def test_lars_has_ratio_one_where_a_norm_is_zero(x64, which):
+  value, gradient = np.full((2, 2), 3.0), np.full((2, 2), 2.0)
+  value = np.zeros((2, 2)) if which in ("parameter", "both") else value
+  gradient = np.zeros((2, 2)) if which in ("gradient", "both") else gradient
+  optimizer = optim.lars(optax.constant_schedule(0.5), {"w": True})
+  got = run(optimizer, {"w": value}, 2 * [{"w": gradient}])
+  np.testing.assert_allclose(got[0]["w"], value - 0.5 * gradient, rtol=1e-15)
+  assert np.isfinite(got[1]["w"]).all()
+
+
+def test_lars_decays_a_leaf_without_a_gradient_at_its_own_trust_ratio(x64):
+  optimizer = optim.lars(optax.constant_schedule(0.5), {"w": True}, weight_decay=0.1)
+  got = run(optimizer, {"w": np.full((2, 2), 3.0)}, [{"w": np.zeros((2, 2))}])
+  np.testing.assert_allclose(got[0]["w"], 3 - 0.5 * (0.001 * 6 / 0.6) * 0.3, rtol=1e-15)  # |p| = 6, |g'| = 0.6
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_pytorchs(x64, nesterov):
+  params, gradients = draw_problem()
+  optimizer = optim.sgd(schedule, without_bias, weight_decay=0.02, momentum=0.8, nesterov=nesterov)
+  p, v, want = dict(params), {name: 0.0 for name in params}, []
+  for step, gradient in enumerate(gradients):
+    for name in p:
+      g = gradient[name] + (0.02 * p[name] if name == "w" else 0)
+      v[name] = 0.8 * v[name] + g
+      p[name] = p[name] - float(schedule(step)) * (g + 0.8 * v[name] if nesterov else v[name])
+    want.append(dict(p))
+  assert_history(run(optimizer, params, gradients), want)
+
+
+def test_adamw_is_pytorchs(x64):
+  params, gradients = draw_problem()
+  optimizer = optim.adamw(schedule, without_bias, weight_decay=0.05, b1=0.8, b2=0.95, eps=1e-6)
+  p, m, v, want = dict(params), {name: 0.0 for name in params}, {name: 0.0 for name in params}, []
+  for step, gradient in enumerate(gradients):
+    lr, t = float(schedule(step)), step + 1
+    for name, g in gradient.items():
+      p[name] = p[name] * (1 - lr * 0.05 * (name == "w"))
+      m[name] = 0.8 * m[name] + 0.2 * g
+      v[name] = 0.95 * v[name] + 0.05 * g * g
+      p[name] = p[name] - lr * (m[name] / (1 - 0.8**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-6)
+    want.append(dict(p))
+  assert_history(run(optimizer, params, gradients), want)
+
+
+def test_simclr_decays_and_adapts_kernels_and_nothing_else():
+  encoder = resnet.resnet18(project_first=True)
+  method = simclr(encoder, SimCLRProjector())
+  params, _ = jax.eval_shape(lambda: method.init(jax.random.key(0), (jnp.zeros((2, 1, 32, 32, 3)),)))
+  kernels, norms = ["encoder/conv1"], ["encoder/bn1"]
+  for layer in range(1, 5):
+    for block in range(2):
+      base = f"encoder/layer{layer}_{block}"
+      kernels += [f"{base}/conv1", f"{base}/conv2"]
+      norms += [f"{base}/bn1", f"{base}/bn2"]
+      if block == 0:
+        kernels.append(f"{base}/downsample_conv")
+        norms.append(f"{base}/downsample_bn")
+  decaying = {f"{name}/kernel" for name in [*kernels, "projector/linear1", "projector/linear2"]}
+  others = {f"{name}/{leaf}" for name in [*norms, "projector/bn1"] for leaf in ("scale", "bias")}
+  others.add("projector/bn2/scale")
+
+  marks = jax.tree_util.tree_leaves_with_path(optim.decayed(params, NO_DECAY))
+  assert {optim.path_name(path) for path, mark in marks if mark} == decaying
+  assert {optim.path_name(path) for path, mark in marks if not mark} == others
+
+
+def test_a_no_decay_pattern_matches_whole_paths_only():
+  params = {"bias_free": {"kernel": 0}, "a": {"bias": 0}}
+  assert optim.decayed(params, (".*/bias",)) == {"bias_free": {"kernel": True}, "a": {"bias": False}}
+  assert optim.decayed(params, ()) == {"bias_free": {"kernel": True}, "a": {"bias": True}}
+
+
+def test_a_no_decay_pattern_that_matches_nothing_is_refused():
+  with pytest.raises(UserError, match=r"no_decay: '\.\*/gamma' matches no parameter.*a/kernel"):
+    optim.decayed({"a": {"kernel": 0, "bias": 0}}, (".*/bias", ".*/gamma"))
+
+
+@pytest.mark.parametrize(("warmup", "steps", "end"), [(0, 7, 0.0), (1, 2, 0.1), (5, 20, 0.0), (10, 100, 1e-3)])
+def test_warmup_cosine_is_its_closed_form_at_every_step(warmup, steps, end):
+  peak = 4.8
+  got = jax.jit(jax.vmap(optim.warmup_cosine(peak, warmup, steps, end)))(jnp.arange(steps + 3))
+  want = [
+    peak * t / warmup
+    if t < warmup
+    else end + (peak - end) * (1 + math.cos(math.pi * min(1, (t - warmup) / (steps - warmup)))) / 2
+    for t in range(steps + 3)
+  ]
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * peak)  # float32
+
+
+def test_a_peak_of_zero_is_zero_everywhere():
+  assert float(optim.warmup_cosine(0.0, 0, 10)(3)) == 0.0
+  assert float(optim.warmup_cosine(0.0, 2, 10)(3)) == 0.0
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 5), (5, 5)])
+def test_a_warmup_that_is_not_shorter_than_the_run_is_refused(warmup, steps):
+  with pytest.raises(UserError, match=f"{warmup} steps long and the run {steps}"):
+    optim.warmup_cosine(1.0, warmup, steps)
+
+
+@pytest.mark.parametrize(
+  ("base", "batch_size", "scaling", "want"),
+  [(0.3, 4096, "linear", 4.8), (0.075, 4096, "sqrt", 4.8), (1.5e-4, 4096, "linear", 2.4e-3), (0.3, 4096, "none", 0.3)],
+)
+def test_learning_rates_scale_as_the_papers_do(base, batch_size, scaling, want):
+  assert optim.scaled_learning_rate(base, batch_size, scaling) == pytest.approx(want, rel=1e-12)
+
+
+def test_an_unknown_scaling_is_refused():
+  with pytest.raises(UserError, match="linear, sqrt, none, got 'log'"):
+    optim.scaled_learning_rate(0.1, 256, "log")
+
+
+def make_config(**optimizer):
+  return ml_collections.ConfigDict(dict(optimizer=optimizer, no_decay=("b",)))
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_a_config_names_the_optimizer_and_what_does_not_decay(x64, name):
+  params, gradients = draw_problem()
+  got = run(optim.from_config(make_config(name=name, weight_decay=0.02), schedule), params, gradients)
+  want = run(optim.OPTIMIZERS[name](schedule, without_bias, weight_decay=0.02), params, gradients)
+  assert_history(got, want)
+  without = run(optim.OPTIMIZERS[name](schedule, without_bias), params, gradients)
+  np.testing.assert_array_equal(got[-1]["b"], without[-1]["b"])
+  assert np.abs(got[-1]["w"] - without[-1]["w"]).max() > 1e-6
+
+
+def test_an_unknown_optimizer_or_argument_is_refused():
+  with pytest.raises(UserError, match="optimizer.name must be one of .*got 'lamb'"):
+    optim.from_config(make_config(name="lamb"), schedule)
+  with pytest.raises(UserError, match="optimizer lars: .*momentun"):
+    optim.from_config(make_config(name="lars", momentun=0.9), schedule)
+
+
+def test_the_methods_module_is_found_by_name_and_a_mistake_is_named():
+  assert methods.find("simclr").__name__ == "ssl_jax.methods.simclr"
+  with pytest.raises(UserError, match="'simcrl' does not exist; did you mean 'simclr'"):
+    methods.find("simcrl")

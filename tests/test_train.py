@@ -1,0 +1,373 @@
+"""train.py and eval_knn.py from end to end, killed and resumed, with real processes where it matters."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from ssl_jax import config as configs
+from ssl_jax import metrics
+from ssl_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+# 8 steps an epoch, 20 steps, a checkpoint every 4, an evaluation every 8.
+SMALL = {
+  "data.split": "train[:512]",
+  "data.test_split": "test[:200]",
+  "batch_size": 64,
+  "steps": 20,
+  "encoder.width": 0.125,
+  "method.projector.hidden": 16,
+  "method.projector.features": 8,
+  "log_every_steps": 2,
+  "eval_every_epochs": 1,
+  "checkpoint_every_steps": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+  """Compiled programs, shared by all runs of this file."""
+  return tmp_path_factory.mktemp("xla")
+
+
+def command(script, workdir, *arguments, **overrides):
+  flags = [f"--config.{key}={value}" for key, value in {**SMALL, **overrides}.items()] if script == "train.py" else []
+  return [sys.executable, str(ROOT / script), f"--workdir={workdir}", *flags, *arguments]
+
+
+def environment(cache, devices=1):
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return {**os.environ, "XLA_FLAGS": flags, "NPROC": "8", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def start(cache, *args, devices=1, **overrides):
+  return subprocess.Popen(
+    command(*args, **overrides),
+    env=environment(cache, devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    cwd=ROOT,
+  )
+
+
+def finish(process, status=0):
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == status, out
+  return out
+
+
+def final_state(workdir, step=20):
+  return ocp.PyTreeCheckpointer().restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def rows(workdir):
+  """The metrics without what depends on the clock."""
+  return [
+    {k: v for k, v in row.items() if k != "images_per_second"} for row in metrics.read_rows(workdir / "metrics.jsonl")
+  ]
+
+
+def assert_same_run(a, b):
+  """Every leaf of parameters, state and optimizer bit for bit, and every row once."""
+  got, want = (jax.tree_util.tree_leaves_with_path(final_state(d)) for d in (a, b))
+  assert [path for path, _ in got] == [path for path, _ in want]
+  for (path, x), (_, y) in zip(got, want, strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+  assert rows(a) == rows(b)
+
+
+def checksums(folder):
+  return {p: zlib.crc32(p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, cache):
+  """A whole run: (workdir, what it printed)."""
+  workdir = tmp_path_factory.mktemp("unbroken") / "run"
+  return workdir, finish(start(cache, "train.py", workdir))
+
+
+def test_a_run_tells_what_it_does_and_what_it_is_worth(unbroken):
+  workdir, out = unbroken
+  for text in (
+    "devices: 1 x cpu",
+    "fashion_mnist_mini train[:512], 512 images 28x28x1",
+    "parameters in the encoder",
+    "batch 64, 8 steps an epoch, 20 steps",
+    "peak 0.00",
+    f"loss at chance: {np.log(127):.4f}",
+    "images/s",
+    "left",
+    "encoder, untrained",
+    "raw pixels",
+    "pixels, centred",
+    "pixels, standardised",
+  ):
+    assert text in out, text
+  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png"):
+    assert f"wrote {workdir / name}" in out and (workdir / name).exists()
+  assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_hold_what_they_promise_each_step_once(unbroken):
+  workdir, _ = unbroken
+  table = metrics.read_rows(workdir / "metrics.jsonl")
+  training = [row for row in table if "loss" in row]
+  assert [row["step"] for row in training] == list(range(2, 21, 2))
+  assert [row["step"] for row in table if "knn_top1" in row] == [0, 8, 16, 20]
+  for row in training:
+    assert {"epoch", "learning_rate", "grad_norm", "images_per_second", "feature_std", "alignment", "uniformity",
+            "effective_rank"} <= row.keys()  # fmt: skip
+    assert np.float32(row["loss"]) == row["loss"]  # written so that it reads back exactly
+    assert row["epoch"] == row["step"] / 8
+  assert training[-1]["loss"] < training[0]["loss"] - 0.5  # it learns
+  assert all(0 <= row["knn_top1"] <= 100 for row in table if "knn_top1" in row)
+
+
+def test_the_last_few_checkpoints_and_the_best_are_kept(unbroken):
+  workdir, _ = unbroken
+  kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+  scores = {row["step"]: row["knn_top1"] for row in rows(workdir) if "knn_top1" in row and row["step"]}
+  best = max(scores.values())
+  assert {12, 16, 20} <= set(kept) and len(kept) <= 4
+  assert any(scores.get(step) == best for step in kept)
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(unbroken, cache):
+  workdir, _ = unbroken
+  before = checksums(workdir)
+  assert "complete" in finish(start(cache, "train.py", workdir))
+  assert checksums(workdir) == before
+
+
+def test_another_config_is_refused_with_both_values(unbroken, cache):
+  workdir, _ = unbroken
+  before = checksums(workdir)
+  out = finish(start(cache, "train.py", workdir, **{"lr.base": 0.125}), status=1)
+  assert "lr.base: now 0.125, then 0.00" in out and "Traceback" not in out
+  assert checksums(workdir) == before
+
+
+def wait_for_step(step):
+  def reached(workdir):
+    return any(row["step"] >= step for row in metrics.read_rows(workdir / "metrics.jsonl"))
+
+  return reached
+
+
+def wait_for_save(step):
+  """True while the checkpoint of `step` is being written, or just was."""
+
+  def reached(workdir):
+    folder = workdir / "checkpoints"
+    return folder.exists() and any(p.name.startswith(f"{step}.") or p.name == str(step) for p in folder.iterdir())
+
+  return reached
+
+
+def test_killed_at_several_instants_a_run_ends_bit_for_bit_like_an_unbroken_one(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  for reached in (wait_for_step(0), wait_for_step(6), wait_for_save(12), wait_for_save(16)):
+    process = start(cache, "train.py", workdir)
+    deadline = time.time() + 120
+    while process.poll() is None and not reached(workdir):
+      assert time.time() < deadline
+      time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+  out = finish(start(cache, "train.py", workdir))
+  assert "resuming at step" in out
+  assert_same_run(workdir, unbroken[0])
+
+
+def test_sigterm_saves_and_the_run_goes_on_exactly(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  process = start(cache, "train.py", workdir)
+  while process.poll() is None and not wait_for_step(6)(workdir):
+    time.sleep(0.0005)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=30)
+  assert process.returncode in (0, 143), out
+  assert "saved" in out
+  finish(start(cache, "train.py", workdir))
+  assert_same_run(workdir, unbroken[0])
+
+
+def test_damaged_and_unfinished_checkpoints_are_skipped_with_a_word(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  finish(start(cache, "train.py", workdir, stop_after_steps=12))
+  folder = workdir / "checkpoints"
+  largest = max((p for p in (folder / "12" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  (folder / "16").mkdir()  # a name that promises a checkpoint
+  (folder / "20.orbax-checkpoint-tmp-0").mkdir()
+  (folder / "20.orbax-checkpoint-tmp-0" / "garbage").write_text("x")
+  out = finish(start(cache, "train.py", workdir))
+  assert "skipped the checkpoint of step 16" in out and "skipped the checkpoint of step 12" in out
+  assert "resuming at step 8" in out
+  assert_same_run(workdir, unbroken[0])
+
+
+def test_every_kind_of_damage_to_a_checkpoint_is_found(unbroken, tmp_path):
+  source = unbroken[0] / "checkpoints" / "20" / "state"
+  config = configs_of(unbroken[0])
+  for file in sorted(p for p in source.rglob("*") if p.is_file() and p.stat().st_size and p.name not in HARMLESS):
+    workdir = tmp_path / f"{zlib.crc32(str(file).encode())}"
+    shutil.copytree(unbroken[0] / "checkpoints" / "16", workdir / "checkpoints" / "16")
+    shutil.copytree(source.parent, workdir / "checkpoints" / "20")
+    damaged = workdir / "checkpoints" / "20" / "state" / file.relative_to(source)
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    said = []
+    step, _ = train.checkpoint.restore_newest(workdir / "checkpoints", abstract_state(config), said.append)
+    assert step == 16 and "step 20" in said[0], file
+
+
+# What a restore to known shapes does not read.
+HARMLESS = {"commit_success.txt", "_sharding"}
+
+
+def configs_of(workdir):
+  return ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+
+
+def abstract_state(config):
+  optimizer = train.optim.from_config(config, lambda step: 0.0)
+  module = train.methods.find(config.method.name)
+  init = train.make_init(module.from_config(config, 20), optimizer, configs.views(config), (28, 28, 1), config.seed)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))._asdict()
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_overwritten(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  (workdir / "checkpoints" / "20").mkdir(parents=True)
+  shutil.copy(unbroken[0] / "config.json", workdir)
+  before = checksums(workdir)
+  out = finish(start(cache, "train.py", workdir), status=1)
+  assert "none of the 1 checkpoints" in out and "Traceback" not in out
+  assert checksums(workdir) == before
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_more_devices_give_the_same_run_and_read_its_checkpoints(unbroken, cache, tmp_path, devices):
+  workdir = tmp_path / "run"
+  finish(start(cache, "train.py", workdir, devices=1, stop_after_steps=8))
+  out = finish(start(cache, "train.py", workdir, devices=devices))
+  assert f"devices: {devices} x cpu" in out and "resuming at step 8" in out
+  got, want = rows(workdir), rows(unbroken[0])
+  assert [row["step"] for row in got] == [row["step"] for row in want]
+  for a, b in zip(got, want, strict=True):
+    if "loss" in a:
+      tolerance = 1e-6 if a["step"] <= 10 else 1e-3  # float32 sums in another order, amplified by Adam step for step
+      np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(cache, tmp_path, monkeypatch):
+  config = small_config(steps=12)
+  make_step = train.make_step
+
+  def poisoned(*args):
+    step = make_step(*args)
+
+    def with_nan(state, batch):
+      kernel = state.params["encoder"]["layer1_0"]["conv1"]["kernel"]
+      state.params["encoder"]["layer1_0"]["conv1"]["kernel"] = jax.numpy.where(state.step == 6, jax.numpy.nan, kernel)
+      return step(state, batch)
+
+    return with_nan
+
+  monkeypatch.setattr(train, "make_step", poisoned)
+  with pytest.raises(UserError, match=r"step 7 is not finite \(.*loss.*\).*params/encoder/layer1_0/conv1/kernel"):
+    train.main(config, tmp_path / "run")
+  assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["4"]
+
+
+def small_config(**overrides):
+  module = {}
+  exec((ROOT / "configs" / "quickstart.py").read_text(), module)
+  config = module["get_config"]()
+  config.update_from_flattened_dict({**SMALL, **overrides})
+  return config
+
+
+def test_collapsed_features_are_told(cache, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(metrics, "COLLAPSED_STD", 10.0)  # any features are below this
+  train.main(small_config(steps=9, stop_after_steps=2), tmp_path / "run")
+  assert "warning: the features have collapsed" in capsys.readouterr().out
+
+
+def test_a_folder_without_labels_trains_without_knn(cache, tmp_path):
+  import PIL.Image
+
+  for i in range(24):
+    pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+  out = finish(
+    start(
+      cache, "train.py", tmp_path / "run",
+      **{"data.folder": tmp_path, "data.split": "train", "batch_size": 8, "steps": 4, "data.channels": 3},
+    )
+  )  # fmt: skip
+  assert "k-NN is off" in out and (tmp_path / "run" / "curves.png").exists()
+  assert not any("knn_top1" in row for row in rows(tmp_path / "run"))
+
+
+def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cache):
+  workdir, _ = unbroken
+  out = finish(start(cache, "eval_knn.py", workdir, "--k=5,20"))
+  figures = json.loads(out.splitlines()[-1])
+  assert figures == json.loads((workdir / "knn.json").read_text())
+  assert set(figures) == {"step", "k5_top1", "k5_top5", "k20_top1", "k20_top5"}
+  last = rows(workdir)[-1]
+  assert (figures["step"], figures["k20_top1"], figures["k20_top5"]) == (20, last["knn_top1"], last["knn_top5"])
+
+
+def test_eval_knn_leaves_an_image_out_of_its_own_neighbours(unbroken, cache):
+  out = finish(start(cache, "eval_knn.py", unbroken[0], "--k=1", "--test_split=train[:512]", "--step=16"))
+  assert json.loads(out.splitlines()[-1])["k1_top1"] < 95  # each image would find itself: 100
+
+
+@pytest.mark.parametrize(
+  "script, arguments, text",
+  [
+    ("train.py", ["--config.sed=1"], "no config key 'sed'; did you mean 'seed'?"),
+    ("train.py", ["--config.optim.lrr=1"], "no config key 'optim.lrr'; did you mean 'optim"),
+    ("train.py", ["--config.method.queue=1"], "no config key 'method.queue'; did you mean"),
+    ("train.py", ["--config=configs/none.py"], "no config file"),
+    ("train.py", ["--config.epochs=many"], "invalid literal"),
+    ("train.py", ["--config.batch_size=600"], "batch_size=600 is more than the 512 images"),
+    ("train.py", ["--config.lr.warmup_epochs=99"], "the warm-up is 792 steps long and the run 20"),
+    ("train.py", ["--config.data.name=fashion_mnist_min"], "Did you mean 'fashion_mnist_mini'?"),
+    ("train.py", ["--config.method.temperature=-1.0"], "temperature must be positive and finite, got -1.0"),
+    ("train.py", ["--config.encoder.stem=large"], "encoder.stem must be one of"),
+    ("train.py", ["--config.batch_size=1"], "at least two images"),
+    ("eval_knn.py", ["--step=3"], "has no checkpoint of step 3; it has"),
+    ("eval_knn.py", ["--k=ten"], "--k must be numbers"),
+  ],
+)  # fmt: skip
+def test_mistakes_are_one_line_before_anything_is_compiled(unbroken, cache, tmp_path, script, arguments, text):
+  workdir = unbroken[0] if script == "eval_knn.py" else tmp_path / "run"
+  out = finish(start(cache, script, workdir, *arguments), status=1)
+  assert text in out.splitlines()[-1] and "Traceback" not in out, out
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_names_those_that_do(cache, tmp_path):
+  out = finish(start(cache, "train.py", tmp_path / "run", devices=4, batch_size=62), status=1)
+  assert "batch_size=62 does not divide over the 4 devices: batch_size=60 or batch_size=64" in out.splitlines()[-1] or (
+    "batch_size=60 or 64 does" in out.splitlines()[-1]
+  )
