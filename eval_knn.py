@@ -9,14 +9,11 @@ The last line is JSON; the same figures are in WORKDIR/knn.json.
 import json
 import pathlib
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 
-from ssl_jax import augment, checkpoint, data, evaluate, methods, parallel
 from ssl_jax import config as configs
+from ssl_jax import data, evaluate, parallel
 from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
 
@@ -40,25 +37,25 @@ def main() -> int:
     ks = [int(k) for k in K.value]
   except ValueError:
     raise UserError(f"--k must be numbers with commas between, got {','.join(K.value)!r}.") from None
-  if not (workdir / "config.json").is_file():
-    raise UserError(f"{workdir} is not a run: it has no config.json.")
-  config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+  restored = evaluate.restore_encoder(workdir, STEP.value)
+  config = restored.config
   bank = load(config, BANK_SPLIT.value or config.data.split)
   queries = load(config, TEST_SPLIT.value or config.data.test_split)
-  step, variables, encoder = restore_encoder(workdir, config, bank.images.shape[1:])
-  say(f"step {step} of {workdir}")
+  say(f"step {restored.step} of {workdir}")
   for role, x in (("bank", bank), ("queries", queries)):
     say(f"{role}: {x.name} {x.split}, {len(x.images):,} images")
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
-  extractor = evaluate.make_extractor(encoder, configs.eval_view(config), mesh)
-  bank_features = evaluate.features(extractor, variables, bank.images, batch_size, mesh)
+  extractor = evaluate.make_extractor(restored.encoder, configs.eval_view(config), mesh)
+  bank_features = evaluate.features(extractor, restored.variables, bank.images, batch_size, mesh)
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
-  query_features = bank_features if same else evaluate.features(extractor, variables, queries.images, batch_size, mesh)
+  query_features = (
+    bank_features if same else evaluate.features(extractor, restored.variables, queries.images, batch_size, mesh)
+  )
   exclude = np.arange(len(bank.images)) if same else None
 
-  figures: dict[str, float | int] = {"step": step}
+  figures: dict[str, float | int] = {"step": restored.step}
   for k in ks:
     score = evaluate.knn_accuracy(
       bank_features, bank.labels, query_features, queries.labels, k=k, temperature=TEMPERATURE.value, exclude=exclude
@@ -81,29 +78,6 @@ def load(config, split: str) -> data.Dataset:
   if not loaded.num_classes:
     raise UserError(f"{loaded.name} {split!r} has no labels, and k-NN classifies by labels.")
   return loaded
-
-
-def restore_encoder(workdir: pathlib.Path, config, image_shape):
-  """Returns (step, the encoder's variables, its module) from a checkpoint of any number of devices."""
-  folder = workdir / "checkpoints"
-  found = checkpoint.steps(folder)
-  step = STEP.value if STEP.value is not None else next(iter(found), None)
-  if step not in found:
-    raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
-  module = methods.find(config.method.name)
-  method = module.from_config(config, 1)
-  views = configs.views(config)
-
-  def init():
-    keys = augment.example_keys(config.seed, jnp.int32(0), jnp.arange(1))
-    return method.init(jax.random.key(0), augment.make_views(keys, jnp.zeros((1, *image_shape), jnp.uint8), views))
-
-  params, state = parallel.abstract(jax.eval_shape(init), parallel.replicated(parallel.make_mesh()))
-  try:
-    restored = checkpoint.restore(folder, step, {"params": params, "state": state})
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-    raise UserError(f"the checkpoint of step {step} cannot be read: {error}") from error
-  return step, method.encoder(restored["params"], restored["state"]), module.make_encoder(config)
 
 
 if __name__ == "__main__":

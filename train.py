@@ -69,7 +69,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, views, se
     params = optax.apply_updates(params, updates)
     state = method.update(params, state, aux, step)
 
-    row = aux.metrics | metrics.monitors(aux.examples["embedding"]) | {"grad_norm": optax.global_norm(grads)}
+    row = aux.metrics | metrics.monitors(aux.examples["embedding"]) | {"grad_norm": optax.tree.norm(grads)}
     # A step that is not finite changes nothing: the loop stops on it, and finds the state as it was.
     finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"])
     new = TrainState(step + 1, params, state, opt_state)
@@ -88,6 +88,7 @@ class Plan(NamedTuple):
   steps_per_epoch: int
   last_step: int  # of this run
   learning_rate: optax.Schedule
+  chance: float  # the loss of uninformative outputs
   method: Method
   init: Callable
   state: TrainState  # shapes, types and shardings
@@ -123,20 +124,9 @@ def make_plan(config) -> Plan:
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
   last_step = min(steps, config.stop_after_steps or steps)
-  return Plan(
-    mesh,
-    train_set,
-    test_set,
-    steps,
-    steps_per_epoch,
-    last_step,
-    learning_rate,
-    method,
-    init,
-    state,
-    train_step,
-    extractor,
-  )
+  chance = method.chance(config.batch_size)
+  built = method, init, state, train_step, extractor
+  return Plan(mesh, train_set, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *built)
 
 
 def main(config, workdir: pathlib.Path) -> int:
@@ -176,7 +166,7 @@ def main(config, workdir: pathlib.Path) -> int:
       if step == start + 1:
         jax.block_until_ready(train)
         say(f"first step done after {time.perf_counter() - started:.1f} s")
-        clock.restart(step)
+        clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
 
       ends = step == plan.last_step or stopping()
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
@@ -184,7 +174,7 @@ def main(config, workdir: pathlib.Path) -> int:
         report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.
         top1 = evaluation(config, plan, writer, train, step) if evaluates else None
         if step == plan.last_step:
-          metrics.draw_curves(workdir, chance(config, plan), f"{config.method.name}, {plan.train_set.name}")
+          metrics.draw_curves(workdir, plan.chance, f"{config.method.name}, {plan.train_set.name}")
         checkpoint.save(saver, step, train._asdict(), top1)
         clock.restart(step)
       if ends:
@@ -211,7 +201,7 @@ def describe(config, plan: Plan) -> list[str]:
     f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
     f"end {config.lr.end:g}",
-    f"loss at chance: {chance(config, plan):.4f}",
+    f"loss at chance: {plan.chance:.4f}",
   ]
   return lines if plan.test_set else [*lines, "no labels or no test split: the online k-NN is off"]
 
@@ -220,7 +210,7 @@ def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, st
   """Writes an evaluation row. Returns the k-NN top-1 in percent, None where there are no labels."""
   if plan.test_set is None:
     return None
-  bank, queries = evaluate.first_images(plan.train_set, config.knn.bank_images), plan.test_set
+  bank, queries = evaluate.thinned(plan.train_set, config.knn.bank_images), plan.test_set
   variables = plan.method.encoder(train.params, train.state)
   features = [
     evaluate.features(plan.extractor, variables, x.images, config.batch_size, plan.mesh) for x in (bank, queries)
@@ -248,8 +238,8 @@ def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, wai
     writer.write(row)
     left = metrics.format_duration((plan.last_step - step) * config.batch_size / rate)
     say(
-      f"step {step}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-      f"{rate:,.0f} images/s  {left} left"
+      f"step {step}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {plan.chance:.2f})  "
+      f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s  {left} left"
     )
     if warning := metrics.collapse_warning(row):
       say(f"warning: {warning}")
@@ -258,11 +248,6 @@ def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, wai
 
 def peak_learning_rate(config) -> float:
   return optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
-
-
-def chance(config, plan: Plan) -> float:
-  """The loss of uninformative outputs."""
-  return plan.method.chance(config.batch_size)
 
 
 def load(config, split: str) -> data.Dataset:

@@ -215,9 +215,9 @@ def _resize_weights(start, length, n, size, interpolation):
   scale = length / size
   # A shrinking filter is stretched by the factor, an enlarging one is not.
   stretch = jnp.maximum(scale, 1.0)
-  centre = start + (jnp.arange(size) + 0.5) * scale
-  pixel = jnp.arange(n)
-  x = jnp.abs(pixel + 0.5 - centre[:, None]) / stretch
+  centre = start + (jnp.arange(size)[:, None] + 0.5) * scale
+  pixel = jnp.arange(n)[None, :]
+  x = jnp.abs(pixel + 0.5 - centre) / stretch
   if interpolation == "bilinear":
     w = jnp.maximum(0.0, 1.0 - x)
   else:  # Keys' cubic with a = -0.5

@@ -67,8 +67,7 @@ def restore_newest(
       with _quiet():
         state = restore(folder, step, abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-      text = str(error).strip() or type(error).__name__
-      errors[step] = text.splitlines()[0].partition(". See full")[0][:200]
+      errors[step] = first_line(error)
       continue
     for bad, why in errors.items():
       target = folder.parent / "damaged" / str(bad)
@@ -110,6 +109,11 @@ def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[s
   if changed:
     raise ValueError(f"the bits of {', '.join(changed)} are not those that were saved")
   return state
+
+
+def first_line(error: Exception) -> str:
+  """What an error of Orbax's says before its pages of detail."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". See full")[0][:200]
 
 
 @contextlib.contextmanager

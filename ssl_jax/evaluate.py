@@ -1,14 +1,22 @@
-"""k-NN accuracy of an encoder, of its untrained self and of raw pixels, all on the same images."""
+"""What an encoder is worth: features, k-NN accuracy, and that of the pixels themselves."""
 
+import json
+import os
+import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import augment, knn, parallel
+from ssl_jax import augment, checkpoint, knn, methods, parallel
+from ssl_jax import config as configs
 from ssl_jax.data import Dataset
+from ssl_jax.errors import UserError
 
 
 def make_extractor(encoder: nn.Module, view: augment.EvaluationView, mesh: Mesh) -> Callable:
@@ -76,6 +84,55 @@ def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: flo
   return out
 
 
-def first_images(dataset: Dataset, count: int) -> Dataset:
-  """The first `count` images: a bank of bounded size."""
-  return dataset._replace(images=dataset.images[:count], labels=dataset.labels[:count])
+def thinned(dataset: Dataset, count: int) -> Dataset:
+  """At most `count` images, evenly spaced, since a folder's are sorted by class: a bank of bounded size."""
+  if len(dataset.images) <= count:
+    return dataset
+  taken = np.arange(count) * len(dataset.images) // count
+  return dataset._replace(images=dataset.images[taken], labels=dataset.labels[taken])
+
+
+class Restored(NamedTuple):
+  """An encoder from a run: `encoder.apply(variables, images, train=False)` gives its features."""
+
+  encoder: nn.Module
+  variables: dict[str, Any]
+  step: int
+  config: Any
+
+
+def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
+  """Restores the encoder that a run's method evaluates, onto this process's devices, however many wrote it.
+
+  Args:
+    workdir: what train.py wrote to.
+    step: which checkpoint; None: the newest.
+
+  Raises:
+    UserError: there is no such run or checkpoint, or it cannot be read.
+  """
+  workdir = pathlib.Path(workdir)
+  if not (workdir / "config.json").is_file():
+    raise UserError(f"{workdir} is not a run: it has no config.json.")
+  config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+  folder = workdir / "checkpoints"
+  found = checkpoint.steps(folder)
+  step = next(iter(found), None) if step is None else step
+  if step not in found:
+    raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
+  module = methods.find(config.method.name)
+  method = module.from_config(config, 1)
+  views = configs.views(config)
+
+  def init():
+    keys = augment.example_keys(config.seed, jnp.int32(0), jnp.arange(1))
+    image = jnp.zeros((1, views[0].size, views[0].size, config.data.channels), jnp.uint8)
+    return method.init(jax.random.key(0), augment.make_views(keys, image, views))
+
+  params, state = parallel.abstract(jax.eval_shape(init), parallel.replicated(parallel.make_mesh()))
+  try:
+    restored = checkpoint.restore(folder, step, {"params": params, "state": state})
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
+    raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
+  variables = method.encoder(restored["params"], restored["state"])
+  return Restored(module.make_encoder(config), variables, step, config)

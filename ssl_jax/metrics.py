@@ -37,7 +37,7 @@ def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
   first = z[:, 0]
   rows = first[:_ROWS]
   n = rows.shape[0]
-  centred = rows - jnp.mean(rows, axis=0)
+  centred = rows - jnp.mean(rows, axis=0, keepdims=True)
   with jax.default_matmul_precision("highest"):
     gram, covariance = rows @ rows.T, centred @ centred.T
   pairs = jnp.where(jnp.eye(n, dtype=bool), 0.0, jnp.exp(4.0 * gram - 4.0))  # |a - b|^2 = 2 - 2 <a, b>
@@ -149,16 +149,18 @@ def nonfinite_leaf(tree: Any) -> str | None:
 
 
 class Clock:
-  """Images per second since the last time it was asked, or restarted after an interruption."""
+  """Images per second between two questions, leaving out what `restart` follows: compilation, evaluation, saving."""
 
   def __init__(self, step: int, batch_size: int):
-    self.batch_size = batch_size
+    self.batch_size, self.rate = batch_size, 0.0
     self.restart(step)
 
   def restart(self, step: int) -> None:
     self.step, self.time = step, time.perf_counter()
 
   def images_per_second(self, step: int) -> float:
-    steps, seconds = step - self.step, time.perf_counter() - self.time
-    self.restart(step)
-    return steps * self.batch_size / max(seconds, 1e-9)
+    """The rate since the last question or restart; the last one known if no step was taken since."""
+    if step > self.step:
+      self.rate = (step - self.step) * self.batch_size / (time.perf_counter() - self.time)
+      self.restart(step)
+    return self.rate

@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["NPROC"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the suite's time is XLA's compiler
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 TESTS = pathlib.Path(__file__).parent
 for folder in (TESTS / "golden", TESTS.parent):  # named_weights; ssl_jax and train where they are not installed

@@ -1,5 +1,6 @@
 """The contract of a method: five pure functions that a training step calls in this order."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -68,4 +69,4 @@ class Method(NamedTuple):
   update: Update
   encoder: Encoder
   separable: bool
-  chance: Any
+  chance: Callable[[int], float]
