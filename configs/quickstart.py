@@ -2,7 +2,8 @@
 
   python train.py
 
-A small ResNet whose last 4x4 maps are kept, flattened: at 28x28 places matter more than the average over them.
+One residual block on 7x7 maps, which are kept, flattened: at 28x28 places tell more than their average. The recipe was
+chosen on the last 2,000 training images.
 """
 
 from ssl_jax import config as configs
@@ -10,15 +11,16 @@ from ssl_jax import config as configs
 
 def get_config():
   config = configs.base()
-  config.epochs = 6
+  config.epochs = 20
   config.batch_size = 128
   config.data.name = "fashion_mnist_mini"
   config.data.channels = 1
-  config.encoder = dict(name="resnet", stages=(1, 1), width=0.5, stem="patch", features="flat")
+  config.encoder = dict(name="resnet", stages=(1,), width=1.0, stem="patch", features="flat")
   config.method = dict(name="simclr", temperature=0.2, projector=dict(layers=2, hidden=256, features=128))
-  config.views = 2 * (dict(size=28, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.0, 0.0), jitter_p=0.8),)
+  config.views = 2 * (dict(size=28, scale=(0.5, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.0, 0.0), jitter_p=0.8),)
   config.optimizer = dict(name="adamw", weight_decay=1e-4)
   config.lr = dict(base=2e-3, scaling="none", warmup_epochs=1.0, end=0.0)
   config.no_decay = (r".*/bias", r".*/scale")
-  config.eval_every_epochs = 4
+  config.log_every_steps = 93
+  config.eval_every_epochs = 5
   return config

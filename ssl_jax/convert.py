@@ -8,6 +8,8 @@ import numpy as np
 from flax import traverse_util
 
 _LEAVES = {
+  "cls_token": "cls_token",
+  "pos_embed": "pos_embed",
   "kernel": "weight",
   "scale": "weight",
   "bias": "bias",
@@ -18,6 +20,7 @@ _LEAVES = {
 # [linear, norm, ReLU] triples.
 _NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
   (r"layer(\d+)_(\d+)", r"layer\1.\2"),
+  (r"blocks_(\d+)", r"blocks.\1"),
   (r"downsample_conv", "downsample.0"),
   (r"downsample_bn", "downsample.1"),
   (r"projector\.linear(\d+)", lambda m: f"projector.{3 * int(m[1]) - 3}"),
@@ -82,11 +85,11 @@ def _flatten(variables):
 
 
 def _to_jax(x):
-  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T if x.ndim == 2 else x
 
 
 def _to_torch(x):
-  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T if x.ndim == 2 else x
 
 
 def _list(what, names):

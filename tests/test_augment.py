@@ -16,7 +16,7 @@ from ssl_jax.augment import EvaluationView, View, evaluation_view, example_keys,
 
 ORDERS = np.array(list(itertools.permutations(range(4))))
 KEEP = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)  # of a square image: the image itself
-COLOUR = View(16, jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.2, blur_p=0.5, blur_kernel=5, solarize_p=0.2)
+COLOUR = View(12, jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.2, blur_p=0.5, blur_kernel=5, solarize_p=0.2)
 
 
 def planar(image):
@@ -38,7 +38,7 @@ def photo(g):
   return planar(g["image"]) / np.float32(255)
 
 
-def draw_images(n, size=16, channels=3, seed=0):
+def draw_images(n, size=12, channels=3, seed=0):
   shape = (n, size, size, channels)
   return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -377,7 +377,7 @@ def test_the_order_of_operations_is_the_documented_one(monkeypatch):
   for name in ("resized_crop", "color_jitter", "grayscale", "gaussian_blur", "solarize", "normalize"):
     original = getattr(augment, name)
     monkeypatch.setattr(augment, name, lambda *a, f=original, name=name, **k: called.append(name) or f(*a, **k))
-  many(COLOUR._replace(size=15), draw_images(1)[0], 2)
+  many(COLOUR._replace(size=11), draw_images(1)[0], 2)
   assert called == ["resized_crop", "color_jitter", "grayscale", "gaussian_blur", "solarize", "normalize"]
 
 
@@ -394,41 +394,40 @@ def test_views_of_one_image_all_differ_between_steps_seeds_positions_and_views()
 # The random numbers are equal bit for bit. A matrix product of another batch size may sum in another order, which is
 # worth 8e-7 of a pixel, as measured; any other draw would be worth 1e-2 and more.
 PIXEL = 2e-6
+MIXED = (COLOUR, COLOUR._replace(size=8, blur_kind="pil", interpolation="bicubic"), COLOUR)
 
 
 def test_views_are_equal_for_equal_seed_step_position_and_view_whatever_else_is_in_the_batch():
   images, positions = draw_images(8), np.arange(8)
-  views = (COLOUR, COLOUR._replace(size=8), COLOUR)
-  whole = views_of(images, positions, 3, views=views)
-  for rows in ([0], [5], [2, 3, 4], [7, 0, 3, 1]):
-    part = views_of(images[rows], positions[rows], 3, views=views)
+  whole = views_of(images, positions, 3, views=MIXED)
+  for rows in ([5], [7, 0, 3, 1], [1, 7, 6, 3]):
+    part = views_of(images[rows], positions[rows], 3, views=MIXED)
     for a, b in zip(part, whole, strict=True):
       np.testing.assert_allclose(a, b[:, np.array(rows)], rtol=0, atol=PIXEL)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [2, 4])
 def test_views_are_equal_however_the_batch_is_split_over_devices(mesh, devices):
   images = draw_images(8)
-  views = (COLOUR, COLOUR._replace(size=8, blur_kind="pil", interpolation="bicubic"), COLOUR)
 
   def one_device(images, step):
     positions = lax.axis_index("batch") * len(images) + jnp.arange(len(images))
     keys = example_keys(0, step, positions)
-    return jax.random.key_data(keys), make_views(keys, images, views)
+    return jax.random.key_data(keys), make_views(keys, images, MIXED)
 
   specs = dict(mesh=mesh(devices), in_specs=(P("batch"), P()), out_specs=(P("batch"), P(None, "batch")))
   keys, split = jax.jit(jax.shard_map(one_device, check_vma=False, **specs))(images, 5)
   np.testing.assert_array_equal(keys, jax.random.key_data(example_keys(0, 5, np.arange(8))))
-  for a, b in zip(split, views_of(images, np.arange(8), 5, views=views), strict=True):
+  for a, b in zip(split, views_of(images, np.arange(8), 5, views=MIXED), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=PIXEL)
 
 
 def test_resolutions_are_grouped_in_order_and_a_view_keeps_its_index():
   images = draw_images(3)
-  small, blurred = COLOUR._replace(size=8), COLOUR._replace(blur_p=1.0, solarize_p=0.0)
-  views = (COLOUR, small, blurred, COLOUR, small._replace(gray_p=1.0))
+  large, small = View(12, solarize_p=1.0), View(8)
+  views = (large, small, View(12), large, View(8, gray_p=1.0))
   large, little = views_of(images, np.arange(3), views=views)
-  assert large.shape == (3, 3, 16, 16, 3)
+  assert large.shape == (3, 3, 12, 12, 3)
   assert little.shape == (2, 3, 8, 8, 3)
   assert large.dtype == little.dtype == jnp.float32
   keys = example_keys(0, 0, jnp.arange(3))
@@ -473,7 +472,8 @@ def test_bicubic_views_stay_in_the_range_of_pixels():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 40)])
 def test_tiny_images_are_enlarged_without_nan(shape):
   images = np.random.default_rng(0).integers(0, 256, (4, *shape, 3), dtype=np.uint8)
-  got = views_of(images, np.arange(4), views=(COLOUR, COLOUR._replace(interpolation="bicubic", blur_kind="pil")))[0]
+  blur = dict(blur_p=1.0, blur_kernel=5)
+  got = views_of(images, np.arange(4), views=(View(16, **blur), View(16, interpolation="bicubic", **blur)))[0]
   assert got.shape == (2, 4, 16, 16, 3)
   assert np.isfinite(got).all()
 

@@ -49,8 +49,7 @@ def nt_xent(
   """
   _check_pair("z1", z1, "z2", z2)
   _check_temperature(temperature)
-  if block_size is not None and block_size < 1:
-    raise ValueError(f"block_size must be at least 1 or None, got {block_size}.")
+  _check_block_size(block_size)
   z1, z2 = _unit(z1), _unit(z2)
   n = z1.shape[0]
   image = jnp.arange(n)  # where this device's images stand in the global batch
@@ -71,13 +70,85 @@ def nt_xent(
     return jax.nn.logsumexp(similarity) - z @ positive / temperature
 
   anchors = jnp.concatenate([z1, z2]), jnp.concatenate([z2, z1]), jnp.concatenate([image, image + n_global])
+  loss = jnp.mean(_by_rows(cross_entropy, anchors, block_size))
+  return loss if axis_name is None else lax.pmean(loss, axis_name)
+
+
+def info_nce(
+  query: jax.Array,
+  key: jax.Array,
+  queue: jax.Array | None = None,
+  *,
+  temperature: float | jax.Array = 0.07,
+  axis_name: str | None = None,
+  block_size: int | None = None,
+) -> jax.Array:
+  r"""Cross-entropy of each query's own key against a queue of old keys, or the other keys of the batch (MoCo).
+
+  With q and k scaled to unit norm inside, and the negatives n:
+
+  .. math:: L = \frac{1}{N} \sum_i -\log \frac{\exp(\langle q_i, k_i \rangle / \tau)}
+      {\exp(\langle q_i, k_i \rangle / \tau) + \sum_j \exp(\langle q_i, n_j \rangle / \tau)}
+
+  Args:
+    query: float [N, d], of any norm. A zero vector normalises to zero.
+    key: float [N, d], of any norm: row i is the positive of row i of `query`. Takes no gradient.
+    queue: float [K, d], the negatives, unit rows that are used as they are, the same on every device. Takes no
+      gradient. None: the negatives of a query are the other keys of the (global) batch.
+    temperature: tau > 0, a Python number or a traced scalar.
+    axis_name: mapped axis over which the batch is split.
+    block_size: how many queries' similarities exist at once; the others are recomputed in the backward pass.
+
+  Returns:
+    float32 scalar (float64 for float64 inputs), the mean over the global batch, the same on every device. Uniform
+    similarities give log(K + 1), or log N without a queue. MoCo v3 multiplies by twice the temperature in its method.
+
+  Gradients over a mapped axis: as for `nt_xent`.
+
+  Raises:
+    TypeError, ValueError: as for `nt_xent`; also a queue that is not [K, d] with K >= 1.
+
+  Reference: He et al., 2020, arXiv:1911.05722, eq. 1, builder.py of facebookresearch/moco; without a queue Chen et al.,
+  2021, arXiv:2104.02057, algorithm 1, builder.py of facebookresearch/moco-v3.
+  """
+  _check_pair("query", query, "key", key)
+  _check_temperature(temperature)
+  _check_block_size(block_size)
+  query, key = _unit(query), lax.stop_gradient(_unit(key))
+  if queue is not None:
+    if not jnp.issubdtype(queue.dtype, jnp.floating):
+      raise TypeError(f"queue must be floating point, got {queue.dtype}.")
+    if queue.ndim != 2 or queue.shape[0] < 1 or queue.shape[1] != query.shape[1]:
+      raise ValueError(f"queue must have shape [K, {query.shape[1]}], got {queue.shape}.")
+    candidates = lax.stop_gradient(queue).astype(query.dtype)
+  else:
+    candidates = key if axis_name is None else lax.all_gather(key, axis_name, tiled=True)
+    if candidates.shape[0] < 2:
+      raise ValueError("info_nce without a queue needs a batch of at least two images for its negatives, got 1.")
+
+  def cross_entropy(pair):
+    q, positive = pair
+    own = q @ positive / temperature
+    similarity = q @ candidates.T / temperature
+    if queue is not None:  # Without one the own key is among the candidates.
+      similarity = jnp.concatenate([own[None], similarity])
+    return jax.nn.logsumexp(similarity) - own
+
+  loss = jnp.mean(_by_rows(cross_entropy, (query, key), block_size))
+  return loss if axis_name is None else lax.pmean(loss, axis_name)
+
+
+def _by_rows(function, rows, block_size):
+  """Maps `function` over rows, all at once or `block_size` at a time with recomputation in the backward pass."""
   with jax.default_matmul_precision("highest"):
     if block_size is None:
-      losses = jax.vmap(cross_entropy)(anchors)
-    else:
-      losses = lax.map(jax.checkpoint(cross_entropy), anchors, batch_size=block_size)
-  loss = jnp.mean(losses)
-  return loss if axis_name is None else lax.pmean(loss, axis_name)
+      return jax.vmap(function)(rows)
+    return lax.map(jax.checkpoint(function), rows, batch_size=block_size)
+
+
+def _check_block_size(block_size):
+  if block_size is not None and block_size < 1:
+    raise ValueError(f"block_size must be at least 1 or None, got {block_size}.")
 
 
 def _check_pair(name1, x1, name2, x2):

@@ -1,0 +1,41 @@
+"""Regression losses: match a prediction to a target that takes no gradient."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  r"""Squared distance of two L2-normalised vectors (BYOL), one direction.
+
+  .. math:: L = \frac{1}{N} \sum_i \lVert \bar p_i - \bar z_i \rVert^2
+      = \frac{1}{N} \sum_i 2 - 2 \langle \bar p_i, \bar z_i \rangle
+
+  Args:
+    prediction: float [..., d], the online network's prediction, of any norm. A zero vector normalises to zero.
+    target: float [..., d], the target network's projection of the other view. Takes no gradient.
+
+  Returns:
+    float32 scalar (float64 for float64 inputs) in [0, 4], the mean over all leading axes: 0 for equal directions, 2 for
+    orthogonal, 4 for opposite ones. BYOL's loss is the sum of two calls, prediction 1 with target 2 and the reverse.
+
+  Raises:
+    TypeError: an input is not floating point.
+    ValueError: the shapes differ or are empty.
+
+  Reference: Grill et al., 2020, arXiv:2006.07733, eq. 2; `regression_loss` in byol/utils/helpers.py of
+  deepmind-research.
+  """
+  for name, x in (("prediction", prediction), ("target", target)):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+  if prediction.shape != target.shape or prediction.size == 0:
+    raise ValueError(f"prediction and target must have one shape [..., d], got {prediction.shape} and {target.shape}.")
+  distance = jnp.sum(jnp.square(_unit(prediction) - _unit(lax.stop_gradient(target))), axis=-1)
+  return jnp.mean(distance)
+
+
+def _unit(x):
+  x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+  # The floor sits inside the root: the gradient at x = 0 is then 0, not NaN.
+  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,248 @@
+"""Vision transformers (Dosovitskiy et al., 2021, arXiv:2010.11929) named as timm's; variants of DINO, MAE and MoCo v3."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+normal_02 = nn.initializers.normal(0.02)
+
+
+class ViT(nn.Module):
+  """A vision transformer with a class token and no classifier.
+
+  Attributes:
+    patch_size, dim, depth, heads, mlp_ratio: its shape.
+    image_size: side of the grid of learned positions, in pixels; other sizes interpolate them. Fixed positions fit any.
+    positions: "learned", or fixed sines and cosines: "row_first" (MoCo v3) or "column_first" (MAE).
+    drop_path: rate in the last block, rising linearly from 0 in the first.
+    kernel_init, qkv_init: of the linear layers, and of the fused query, key and value matrix [dim, 3 dim].
+    patch_init, patch_bias_init: of the patch embedding [p, p, C, dim].
+    token_init: of the class token.
+    frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
+    dtype: of the computation; parameters stay float32.
+  """
+
+  patch_size: int
+  dim: int
+  depth: int
+  heads: int
+  mlp_ratio: float = 4
+  image_size: int = 224
+  positions: str = "learned"
+  drop_path: float = 0.0
+  kernel_init: nn.initializers.Initializer = normal_02
+  qkv_init: nn.initializers.Initializer = normal_02
+  patch_init: nn.initializers.Initializer = normal_02
+  patch_bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  token_init: nn.initializers.Initializer = normal_02
+  frozen_patch_embed: bool = False
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    if self.positions not in ("learned", "row_first", "column_first"):
+      raise ValueError(f"encoder.positions must be learned, row_first or column_first, got {self.positions!r}.")
+    patch = (self.patch_size, self.patch_size)
+    self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.patch_bias_init, self.dtype)
+    self.cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim))
+    if self.positions == "learned":
+      grid = self.image_size // self.patch_size
+      self.pos_embed = self.param("pos_embed", normal_02, (1, grid * grid + 1, self.dim))
+    block = functools.partial(Block, self.heads, self.mlp_ratio, self.kernel_init, self.qkv_init, self.dtype)
+    self.blocks = [block() for _ in range(self.depth)]
+    self.norm = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+
+  def __call__(self, images: jax.Array, *, train: bool, uniforms: jax.Array | None = None) -> jax.Array:
+    """Maps float [b, H, W, C] to the class token after the last norm, float32 [b, dim].
+
+    `uniforms` [depth, 2, b] in [0, 1) decide which examples skip which branch; None drops none.
+    """
+    del train  # No batch statistics; what is random comes in as `uniforms`.
+    return _wide(self.norm(self.outputs(images, uniforms=uniforms)[-1])[:, 0])
+
+  def tokens(self, images: jax.Array, *, keep: jax.Array | None = None) -> jax.Array:
+    """All tokens after the last norm, [b, 1 + n, dim], the class token first; `keep` int [b, n] picks patches."""
+    return self.norm(self.outputs(images, keep=keep)[-1])
+
+  def last_blocks(self, images: jax.Array, n: int) -> list[jax.Array]:
+    """The tokens of the last n blocks, oldest first, each through the last norm."""
+    return [self.norm(x) for x in self.outputs(images)[-n:]]
+
+  def attention(self, images: jax.Array) -> jax.Array:
+    """The attention of the last block, float32 [b, heads, 1 + n, 1 + n], rows sum to 1."""
+    x = self.embed(images)
+    for block in self.blocks[:-1]:
+      x = block(x)
+    return self.blocks[-1].attention(x)
+
+  def outputs(self, images, *, keep=None, uniforms=None):
+    """The tokens after each block."""
+    x, out = self.embed(images, keep), []
+    for i, block in enumerate(self.blocks):
+      rate = self.drop_path * i / max(self.depth - 1, 1)
+      x = block(x) if uniforms is None or rate == 0 else block(x, [drop_mask(u, rate) for u in uniforms[i]])
+      out.append(x)
+    return out
+
+  def embed(self, images, keep=None):
+    """Patches, positions, and the class token in front: [b, 1 + n, dim]."""
+    height, width = (side // self.patch_size for side in images.shape[1:3])
+    if (height * self.patch_size, width * self.patch_size) != images.shape[1:3] or height * width == 0:
+      raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} do not cut into patches of {self.patch_size}.")
+    x = self.patch_embed(images)
+    if self.frozen_patch_embed:
+      x = jax.lax.stop_gradient(x)
+    if self.positions == "learned":
+      positions = interpolate_positions(self.pos_embed, height, width)
+    else:
+      positions = jnp.asarray(sincos_positions(height, width, self.dim, self.positions == "row_first"))
+    positions = positions.astype(self.dtype)
+    x = x + positions[:, 1:]
+    if keep is not None:
+      x = jnp.take_along_axis(x, keep[..., None], axis=1)
+    cls = jnp.broadcast_to(self.cls_token.astype(self.dtype) + positions[:, :1], (x.shape[0], 1, self.dim))
+    return jnp.concatenate([cls, x], axis=1)
+
+
+class PatchEmbed(nn.Module):
+  """Cuts into patches and projects each: a convolution with stride and kernel of a patch."""
+
+  dim: int
+  patch: tuple[int, int]
+  kernel_init: nn.initializers.Initializer
+  bias_init: nn.initializers.Initializer
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, images):
+    init = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+    x = nn.Conv(self.dim, self.patch, self.patch, "VALID", dtype=self.dtype, name="proj", **init)(images)
+    return rearrange(x, "b h w d -> b (h w) d")
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP, each around a shortcut."""
+
+  heads: int
+  mlp_ratio: float
+  kernel_init: nn.initializers.Initializer
+  qkv_init: nn.initializers.Initializer
+  dtype: Any
+
+  def setup(self):
+    self.norm1 = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.attn = Attention(self.heads, self.kernel_init, self.qkv_init, self.dtype)
+    self.norm2 = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.mlp = MLP(self.mlp_ratio, self.kernel_init, self.dtype)
+
+  def __call__(self, x, masks=(1.0, 1.0)):
+    x = x + masks[0] * self.attn(self.norm1(x))
+    return x + masks[1] * self.mlp(self.norm2(x))
+
+  def attention(self, x):
+    return self.attn.weights(self.norm1(x))
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with one fused projection, [q; k; v] in timm's order."""
+
+  heads: int
+  kernel_init: nn.initializers.Initializer
+  qkv_init: nn.initializers.Initializer
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, weights_only=False):
+    dim = x.shape[-1]
+    qkv = nn.Dense(3 * dim, kernel_init=self.qkv_init, dtype=self.dtype, name="qkv")(x)
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    if weights_only:
+      scores = jnp.einsum("bqhd,bkhd->bhqk", _wide(q), _wide(k)) / math.sqrt(dim // self.heads)
+      return jax.nn.softmax(scores)
+    # cuDNN's fused kernel has to be asked for; it serves half precision only.
+    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
+    out = rearrange(out, "b n h d -> b n (h d)")
+    return nn.Dense(dim, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out)
+
+  def weights(self, x):
+    return self(x, weights_only=True)
+
+
+class MLP(nn.Module):
+  """Linear, exact GELU, linear."""
+
+  ratio: float
+  kernel_init: nn.initializers.Initializer
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    dim = x.shape[-1]
+    dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
+    x = nn.gelu(dense(int(dim * self.ratio), name="fc1")(x), approximate=False)
+    return dense(dim, name="fc2")(x)
+
+
+def drop_mask(uniforms: jax.Array, rate: float) -> jax.Array:
+  """Stochastic depth for one branch: 0 for a share `rate` of the examples, 1 / (1 - rate) for the rest, [b, 1, 1]."""
+  return (jnp.floor(uniforms + 1 - rate) / (1 - rate))[:, None, None]
+
+
+def sincos_positions(height: int, width: int, dim: int, row_first: bool) -> np.ndarray:
+  """Fixed positions float32 [1, 1 + height width, dim]; the class token's is 0.
+
+  Half of the features belong to the row and half to the column, each a block of sines and one of cosines of frequencies
+  10000^(-4 k / dim). The official MAE writes the column's half first, the official MoCo v3 the row's.
+  """
+  if dim % 4:
+    raise ValueError(f"sin-cos positions need a width that 4 divides, got {dim}.")
+  omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+  rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+  halves = [rows, columns] if row_first else [columns, rows]
+  angles = [half.reshape(-1, 1) * omega for half in halves]
+  table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
+  return np.concatenate([np.zeros((1, dim)), table])[None].astype(np.float32)
+
+
+def interpolate_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
+  """Learned positions [1, 1 + g g, d] for a grid of height x width patches, as `interpolate_pos_encoding` of DINO.
+
+  Bicubic with a = -0.75 and no antialias, edges repeated. The official code adds 0.1 to the wanted sides before it
+  divides, and PyTorch samples by that scale too: released weights are used so, and so is it here.
+  """
+  grid = math.isqrt(positions.shape[1] - 1)
+  if (height, width) == (grid, grid):
+    return positions
+  patches = rearrange(positions[0, 1:], "(h w) d -> h w d", h=grid)
+  rows, columns = (jnp.asarray(_cubic_weights(n, grid)) for n in (height, width))
+  patches = jnp.einsum("yh,xw,hwd->yxd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+  return jnp.concatenate([positions[:, :1], rearrange(patches, "y x d -> 1 (y x) d")], axis=1)
+
+
+def _cubic_weights(size, grid):
+  source = (np.arange(size) + 0.5) * grid / (size + 0.1) - 0.5
+  first = np.floor(source).astype(int)
+  weights = np.zeros((size, grid))
+  for tap in range(-1, 3):
+    x, a = np.abs(source - (first + tap)), -0.75
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    np.add.at(weights, (np.arange(size), np.clip(first + tap, 0, grid - 1)), np.where(x <= 1, near, far))
+  return weights.astype(np.float32)
+
+
+def _wide(x):
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+vit_tiny = functools.partial(ViT, dim=192, depth=12, heads=3)
+vit_small = functools.partial(ViT, dim=384, depth=12, heads=6)
+vit_base = functools.partial(ViT, dim=768, depth=12, heads=12)
+vit_large = functools.partial(ViT, dim=1024, depth=24, heads=16)
+vit_huge = functools.partial(ViT, dim=1280, depth=32, heads=16)

@@ -1,0 +1,72 @@
+"""What the README shows works: its Python as it stands, its commands on a small scale."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL) for kind in ("bash", "python")}
+COMMANDS = [command.strip() for block in BLOCKS["bash"] for line in block.splitlines() for command in line.split("&&")]
+SMALL = "--config.data.split=train[:512] --config.stop_after_steps=2 --config.encoder.width=0.125"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Runs a README command beside a copy of nothing: the scripts are the checkout's, the runs go to a scratch folder."""
+  folder = tmp_path_factory.mktemp("readme")
+  env = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+
+  def call(command):
+    script, *arguments = shlex.split(command)[1:]
+    return subprocess.run(
+      [sys.executable, str(ROOT / script), *arguments], cwd=folder, env=env, capture_output=True, text=True
+    )
+
+  return folder, call
+
+
+def test_the_two_commands_come_first():
+  assert COMMANDS[:4] == [
+    "pip install -r requirements.txt",
+    "python train.py",
+    "pip install -r requirements-dev.txt",
+    "pytest",
+  ]
+
+
+def test_the_gate_runs_the_two_commands():
+  gate = (ROOT / ".ci" / "run").read_text().replace(" --quiet", "")
+  assert "pip install -r requirements.txt && python train.py" in gate
+  assert "pip install -r requirements-dev.txt && pytest" in gate
+
+
+def test_every_command_runs_and_the_python_after_it(run):
+  folder, call = run
+  scripts = [command for command in COMMANDS if command.startswith("python ")]
+  assert any("eval_knn.py" in command for command in scripts)
+  for command in scripts:
+    small = f"{command} {SMALL}" if "train.py" in command else command
+    done = call(small)
+    assert done.returncode == 0, f"{small}\n{done.stdout}\n{done.stderr}"
+  for block in BLOCKS["python"]:
+    here = {"images": np.random.default_rng(0).uniform(size=(2, 28, 28, 1)).astype(np.float32)}
+    cwd = os.getcwd()
+    os.chdir(folder)
+    try:
+      exec(block, here)
+    finally:
+      os.chdir(cwd)
+    if "state_dict" in here:
+      assert here["features"].shape[0] == 2 and "conv1.weight" in here["state_dict"]
+
+
+def test_every_file_and_key_that_is_named_exists():
+  for path in re.findall(r"`((?:configs|ssl_jax|tests)/[\w./]*)", TEXT):
+    assert (ROOT / path).exists(), path
