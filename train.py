@@ -110,7 +110,7 @@ def make_plan(config) -> Plan:
   views = configs.views(config)
   module = methods.find(config.method.name)
   try:
-    method, encoder = module.from_config(config, steps), module.make_encoder(config)
+    method, encoder = module.from_config(config, steps, steps_per_epoch), module.make_encoder(config)
     init = jax.jit(
       make_init(method, optimizer, views, train_set.images.shape[1:], config.seed),
       out_shardings=parallel.replicated(mesh),

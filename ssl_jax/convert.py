@@ -1,7 +1,7 @@
 """Weights to and from PyTorch: state dicts of arrays under torchvision's names, both ways, strict."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,9 @@ from flax import traverse_util
 _LEAVES = {
   "cls_token": "cls_token",
   "pos_embed": "pos_embed",
+  "mask_token": "mask_token",
+  "weight_g": "weight_g",
+  "weight_v": "weight_v",
   "kernel": "weight",
   "scale": "weight",
   "bias": "bias",
@@ -21,14 +24,22 @@ _LEAVES = {
 _NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
   (r"layer(\d+)_(\d+)", r"layer\1.\2"),
   (r"blocks_(\d+)", r"blocks.\1"),
+  (r"(fc|mlp)_(\d+)", r"\1.\2"),
   (r"downsample_conv", "downsample.0"),
   (r"downsample_bn", "downsample.1"),
-  (r"projector\.linear(\d+)", lambda m: f"projector.{3 * int(m[1]) - 3}"),
-  (r"projector\.bn(\d+)", lambda m: f"projector.{3 * int(m[1]) - 2}"),
+  (r"(projector|predictor)\.linear(\d+)", lambda m: f"{m[1]}.{3 * int(m[2]) - 3}"),
+  (r"(projector|predictor)\.bn(\d+)", lambda m: f"{m[1]}.{3 * int(m[2]) - 2}"),
 ]
 
 
-def from_torch(state_dict: Mapping[str, Any], variables: Mapping[str, Any], *, prefix: str = "") -> dict:
+def from_torch(
+  state_dict: Mapping[str, Any],
+  variables: Mapping[str, Any],
+  *,
+  prefix: str = "",
+  rename: Mapping[str, str] | None = None,
+  ignore: Sequence[str] = (),
+) -> dict:
   """Converts a PyTorch state dict to the variables of one of our models.
 
   Args:
@@ -36,6 +47,8 @@ def from_torch(state_dict: Mapping[str, Any], variables: Mapping[str, Any], *, p
     variables: {"params": ..., "batch_stats": ...} of the model, as arrays or `jax.eval_shape` structures: names, shapes
       and dtypes to fill.
     prefix: what the names of this model begin with, e.g. "module.encoder_q."; other entries are ignored.
+    rename: regular expressions over our dotted names and what the file has instead, e.g. {r"^encoder\\.": ""}.
+    ignore: names in the file, after the prefix, that this model computes, e.g. ("pos_embed",) of fixed positions.
 
   Returns:
     A tree like `variables` with NumPy arrays: convolutions OIHW -> HWIO, matrices [out, in] -> [in, out].
@@ -48,7 +61,13 @@ def from_torch(state_dict: Mapping[str, Any], variables: Mapping[str, Any], *, p
     for name, value in state_dict.items()
     if name.startswith(prefix) and not name.endswith("num_batches_tracked")
   }
-  wanted = {torch_name(path): (path, leaf) for path, leaf in _flatten(variables).items()}
+  given = {name: value for name, value in given.items() if name not in ignore}
+  wanted = {}
+  for path, leaf in _flatten(variables).items():
+    name = torch_name(path)
+    for pattern, replacement in (rename or {}).items():
+      name = re.sub(pattern, replacement, name)
+    wanted[name] = path, leaf
   out, mismatched = {}, []
   for name in wanted.keys() & given.keys():
     path, leaf = wanted[name]

@@ -121,7 +121,7 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   if step not in found:
     raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
   module = methods.find(config.method.name)
-  method = module.from_config(config, 1)
+  method = module.from_config(config, 1, 1)
   views = configs.views(config)
 
   def init():

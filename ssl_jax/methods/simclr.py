@@ -21,7 +21,7 @@ from ssl_jax import models
 from ssl_jax.errors import UserError
 from ssl_jax.losses import nt_xent
 from ssl_jax.methods.base import AXIS, Aux, Method
-from ssl_jax.models.heads import SimCLRProjector
+from ssl_jax.models.heads import Network, SimCLRProjector
 
 # model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -32,16 +32,6 @@ class SimCLRState:
   """Running batch statistics: {"encoder": ..., "projector": ...}, float32."""
 
   batch_stats: Any
-
-
-class Network(nn.Module):
-  """Encoder, then projector."""
-
-  encoder: nn.Module
-  projector: nn.Module
-
-  def __call__(self, images, *, train):
-    return self.projector(self.encoder(images, train=train), train=train)
 
 
 def simclr(
@@ -105,9 +95,9 @@ def simclr(
   return Method(init, loss, update, encoder_variables, separable=False, chance=chance)
 
 
-def from_config(config: Any, steps: int) -> Method:
-  """Builds SimCLR as a recipe describes it; `steps` is for methods with schedules."""
-  del steps
+def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
+  """Builds SimCLR as a recipe describes it; the steps are for methods with schedules."""
+  del steps, steps_per_epoch
   sizes = [view["size"] for view in config.views]
   if len(sizes) != 2 or sizes[0] != sizes[1]:
     raise UserError(f"simclr takes two views of one size, got sizes {sizes}.")
@@ -125,11 +115,5 @@ def from_config(config: Any, steps: int) -> Method:
 
 def make_encoder(config: Any) -> nn.Module:
   """The recipe's encoder with the official initialisation and shortcuts, for training and for evaluation."""
-  return models.make(
-    config.encoder,
-    conv_init=conv_init,
-    last_scale_init=nn.initializers.zeros,
-    project_first=True,
-    axis_name=AXIS,
-    dtype=jnp.dtype(config.dtype),
-  )
+  resnet = dict(conv_init=conv_init, last_scale_init=nn.initializers.zeros, project_first=True)
+  return models.make(config, axis_name=AXIS, resnet=resnet, vit={})

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
-from ssl_jax.models import resnet
+from ssl_jax.models import heads as heads
+from ssl_jax.models import resnet as resnet
+from ssl_jax.models import vit as vit
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
   "resnet": resnet.ResNet,
@@ -16,21 +19,45 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
   "resnet50": resnet.resnet50,
   "resnet101": resnet.resnet101,
   "resnet152": resnet.resnet152,
+  "vit": vit.ViT,
+  "vit_tiny": vit.vit_tiny,
+  "vit_small": vit.vit_small,
+  "vit_base": vit.vit_base,
+  "vit_large": vit.vit_large,
+  "vit_huge": vit.vit_huge,
 }
 
 
-def make(config: Any, **settings: Any) -> nn.Module:
-  """Builds the encoder that `config.encoder` names, with its arguments over the method's `settings`.
+def make(
+  config: Any,
+  *,
+  axis_name: str | None = None,
+  resnet: dict[str, Any] | None = None,
+  vit: dict[str, Any] | None = None,
+) -> nn.Module:
+  """Builds the encoder that `config.encoder` names; its arguments there come before the method's.
+
+  Args:
+    config: a recipe.
+    axis_name: for batch norm.
+    resnet, vit: what the method sets for this family; None: the method does not take it.
 
   Raises:
-    UserError: the name or an argument does not exist.
+    UserError: the name or an argument does not exist, or the method does not take this encoder.
   """
-  arguments = dict(config)
+  arguments = dict(config.encoder)
   name = arguments.pop("name")
   if name not in ENCODERS:
     near = difflib.get_close_matches(name, ENCODERS, 1, 0)[0]
     raise UserError(f"encoder.name={name!r} does not exist; did you mean {near!r}? Known: {', '.join(ENCODERS)}.")
+  settings: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype))
+  if name.startswith("resnet"):
+    family, settings["axis_name"] = resnet, axis_name
+  else:
+    family, settings["image_size"] = vit, config.views[0]["size"]
+  if family is None:
+    raise UserError(f"method {config.method.name} does not take the encoder {name!r}.")
   try:
-    return ENCODERS[name](**{**settings, **arguments})
+    return ENCODERS[name](**{**settings, **family, **arguments})
   except TypeError as error:
     raise UserError(f"encoder {name}: {error}.") from error

@@ -53,3 +53,114 @@ class Projector(nn.Module):
 
 # The official SimCLR's (`projection_head` in model_util.py): the paper's text has no norm after the last layer.
 SimCLRProjector = functools.partial(Projector, last_norm="scale", kernel_init=nn.initializers.normal(0.01))
+
+
+class MoCoHead(nn.Module):
+  """MoCo v1's single linear layer, or v2's two with ReLU between; with biases and without norms."""
+
+  layers: int = 2
+  features: int = 128
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps float [b, d] to float [b, features]."""
+    del train
+    init = dict(kernel_init=torch_uniform, bias_init=torch_bias(x.shape[-1]), dtype=self.dtype)
+    if self.layers == 1:
+      return nn.Dense(self.features, name="fc", **init)(x)
+    x = nn.relu(nn.Dense(x.shape[-1], name="fc_0", **init)(x))
+    return nn.Dense(self.features, name="fc_2", **init)(x)
+
+
+class DINOHead(nn.Module):
+  """DINO's head: GELU layers, a unit-norm bottleneck, and prototypes of unit norm.
+
+  `DINOHead` in vision_transformer.py of facebookresearch/dino.
+
+  Attributes:
+    layers, hidden, bottleneck: of the MLP.
+    prototypes: K, the outputs.
+    train_gain: whether the prototypes' gains are parameters (the official `norm_last_layer=False`) or fixed at 1.
+    dtype: of the computation.
+  """
+
+  layers: int = 3
+  hidden: int = 2048
+  bottleneck: int = 256
+  prototypes: int = 65536
+  train_gain: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps float [b, d] to logits [b, K]."""
+    for i in range(self.layers):
+      last = i == self.layers - 1
+      features = self.bottleneck if last else self.hidden
+      init = nn.initializers.normal(0.02)
+      x = nn.Dense(features, kernel_init=init, dtype=self.dtype, name=f"mlp_{2 * i}")(x)
+      x = x if last else nn.gelu(x, approximate=False)
+    return Prototypes(self.prototypes, self.train_gain, self.dtype, name="last_layer")(unit(x))
+
+
+class Prototypes(nn.Module):
+  """A linear layer without bias whose columns are g v / |v| (PyTorch's weight_norm)."""
+
+  features: int
+  train_gain: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    v = self.param("weight_v", torch_uniform, (x.shape[-1], self.features))
+    g = self.param("weight_g", nn.initializers.ones, (1, self.features))
+    g = g if self.train_gain else jax.lax.stop_gradient(g)
+    weight = g * v / jnp.linalg.norm(v, axis=0, keepdims=True)
+    return x.astype(self.dtype) @ weight.astype(self.dtype)
+
+
+class Network(nn.Module):
+  """An encoder, then a projector."""
+
+  encoder: nn.Module
+  projector: nn.Module
+
+  def __call__(self, images, *, train):
+    return self.projector(self.encoder(images, train=train), train=train)
+
+
+class PredictorNetwork(nn.Module):
+  """An encoder, a projector and a predictor (BYOL, MoCo v3); the slow copy has no predictor and calls `project`."""
+
+  encoder: nn.Module
+  projector: nn.Module
+  predictor: nn.Module
+
+  def __call__(self, images, *, train):
+    """Returns (projection, prediction)."""
+    z = self.project(images, train=train)
+    return z, self.predictor(z, train=train)
+
+  def project(self, images, *, train):
+    return self.projector(self.encoder(images, train=train), train=train)
+
+
+def without_predictor(tree):
+  """The part of parameters or batch statistics that the slow copy has."""
+  return {name: part for name, part in tree.items() if name != "predictor"}
+
+
+def unit(x):
+  """Rows of unit norm in float32; a zero row stays zero."""
+  x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+# PyTorch's default for linear layers and convolutions: uniform in +-1 / sqrt(fan_in).
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias(fan_in):
+  """PyTorch's default for the bias of a layer with this many inputs."""
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5

@@ -9,19 +9,22 @@ from jax import lax
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel by the mean and variance of the whole (global) batch.
+  """Normalises each channel by the mean and variance of the whole (global) batch, or of groups of a fixed size.
 
   The biased variance normalises; the running variance keeps n / (n - 1) times it, as PyTorch does, with n counted
   over the mapped axis. Statistics are float32 (float64 for float64 inputs) whatever `dtype` is.
 
   Attributes:
     axis_name: mapped axis over which the batch is split; None: the batch that is passed.
+    group_size: examples, next to each other, that are normalised together, on one device: a property of the recipe, not
+      of the number of devices (MoCo v1 and v2). The running statistics average the groups'. None: all examples.
     momentum: weight of the old running statistics (PyTorch's `momentum` is one minus this).
     use_bias, use_scale: whether the offset and the gain are learned.
     scale_init: zeros make a residual block start as the identity.
   """
 
   axis_name: str | None = None
+  group_size: int | None = None
   momentum: float = 0.9
   epsilon: float = 1e-5
   use_bias: bool = True
@@ -35,14 +38,19 @@ class BatchNorm(nn.Module):
     shape = (x.shape[-1],)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
     running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+    groups = 1
+    if train and self.group_size is not None and not self.is_initializing():
+      groups = x.shape[0] // self.group_size
+      if groups * self.group_size != x.shape[0]:
+        raise ValueError(f"bn_group_size={self.group_size} does not divide the {x.shape[0]} examples of a device.")
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    wide = wide.reshape(groups, -1, *shape)
 
     if train:
-      axes = tuple(range(x.ndim - 1))
-      moments = jnp.mean(wide, axes), jnp.mean(jnp.square(wide), axes)
-      n = x.size // x.shape[-1]
+      moments = jnp.mean(wide, axis=1), jnp.mean(jnp.square(wide), axis=1)  # [groups, channels]
+      n = wide.shape[1]
       # While parameters are created there is no mapped axis, and no statistic to keep.
-      if self.axis_name is not None and not self.is_initializing():
+      if self.axis_name is not None and self.group_size is None and not self.is_initializing():
         moments = lax.pmean(moments, self.axis_name)
         n *= lax.axis_size(self.axis_name)
       mean = moments[0]
@@ -51,20 +59,16 @@ class BatchNorm(nn.Module):
         running_mean.value = _blend(running_mean.value, mean, self.momentum)
         running_var.value = _blend(running_var.value, var * (n / max(n - 1, 1)), self.momentum)
     else:
-      mean, var = running_mean.value, running_var.value
+      mean, var = running_mean.value[None], running_var.value[None]
 
     gain = lax.rsqrt(var + self.epsilon)
     if self.use_scale:
-      gain = gain * self.param("scale", self.scale_init, shape)
+      gain = gain * self.param("scale", self.scale_init, shape)[None]
     offset = -mean * gain
     if self.use_bias:
-      offset = offset + self.param("bias", nn.initializers.zeros, shape)
-    return (wide * gain.reshape(_like(x)) + offset.reshape(_like(x))).astype(self.dtype)
+      offset = offset + self.param("bias", nn.initializers.zeros, shape)[None]
+    return (wide * gain[:, None] + offset[:, None]).astype(self.dtype).reshape(x.shape)
 
 
 def _blend(old, new, momentum):
-  return momentum * old + (1 - momentum) * lax.stop_gradient(new).astype(old.dtype)
-
-
-def _like(x):
-  return (1,) * (x.ndim - 1) + (-1,)
+  return momentum * old + (1 - momentum) * lax.stop_gradient(jnp.mean(new, axis=0)).astype(old.dtype)

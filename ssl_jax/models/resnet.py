@@ -73,6 +73,7 @@ class ResNet(nn.Module):
       official SimCLR; torchvision has none there.
     conv_init, last_scale_init: initialisation of the convolutions, and of the gain of each block's last norm.
     axis_name: mapped axis over which the batch statistics are averaged.
+    bn_group_size: examples that are normalised together, in place of all (see `BatchNorm`).
     dtype: of the computation; parameters and statistics stay float32.
   """
 
@@ -85,6 +86,7 @@ class ResNet(nn.Module):
   conv_init: nn.initializers.Initializer = kaiming_normal_fan_out
   last_scale_init: nn.initializers.Initializer = nn.initializers.ones
   axis_name: str | None = None
+  bn_group_size: int | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -97,7 +99,9 @@ class ResNet(nn.Module):
       if value not in choices:
         raise ValueError(f"encoder.{field} must be one of {', '.join(choices)}, got {value!r}.")
     conv = functools.partial(_conv, init=self.conv_init, dtype=self.dtype)
-    norm = functools.partial(_norm, train=train, axis_name=self.axis_name, dtype=self.dtype)
+    norm = functools.partial(
+      _norm, train=train, axis_name=self.axis_name, group_size=self.bn_group_size, dtype=self.dtype
+    )
     block = BottleneckBlock if self.bottleneck else BasicBlock
     channels = round(64 * self.width)
 

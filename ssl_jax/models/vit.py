@@ -1,4 +1,4 @@
-"""Vision transformers (Dosovitskiy et al., 2021, arXiv:2010.11929) named as timm's; variants of DINO, MAE and MoCo v3."""
+"""Vision transformers (Dosovitskiy et al., 2021, arXiv:2010.11929), named as timm's, for DINO, MAE and MoCo v3."""
 
 import functools
 import math
@@ -10,11 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from ssl_jax.models.heads import torch_bias, torch_uniform
+
 normal_02 = nn.initializers.normal(0.02)
+
+
+def patch_xavier(key, shape, dtype=jnp.float32):
+  """Xavier-uniform over the patch embedding as a matrix [p p C, dim], as MAE and MoCo v3 do."""
+  return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
+
+
+def qkv_xavier(key, shape, dtype=jnp.float32):
+  """Xavier-uniform over query, key and value apart (MoCo v3); MAE's bound is that of the fused matrix."""
+  bound = math.sqrt(6 / (shape[0] + shape[1] // 3))
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class ViT(nn.Module):
   """A vision transformer with a class token and no classifier.
+
+  Called, it gives what `features` says: "cls", the class token after the last norm; "mean" of the patches' tokens after
+  it; or "flat", all of those, flattened, so that places are told apart.
 
   Attributes:
     patch_size, dim, depth, heads, mlp_ratio: its shape.
@@ -22,9 +38,10 @@ class ViT(nn.Module):
     positions: "learned", or fixed sines and cosines: "row_first" (MoCo v3) or "column_first" (MAE).
     drop_path: rate in the last block, rising linearly from 0 in the first.
     kernel_init, qkv_init: of the linear layers, and of the fused query, key and value matrix [dim, 3 dim].
-    patch_init, patch_bias_init: of the patch embedding [p, p, C, dim].
+    patch_init: of the patch embedding [p, p, C, dim]; its bias keeps PyTorch's default, uniform in +-1 / sqrt(p p C).
     token_init: of the class token.
     frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
+    features: see above.
     dtype: of the computation; parameters stay float32.
   """
 
@@ -38,17 +55,19 @@ class ViT(nn.Module):
   drop_path: float = 0.0
   kernel_init: nn.initializers.Initializer = normal_02
   qkv_init: nn.initializers.Initializer = normal_02
-  patch_init: nn.initializers.Initializer = normal_02
-  patch_bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  patch_init: nn.initializers.Initializer = torch_uniform
   token_init: nn.initializers.Initializer = normal_02
   frozen_patch_embed: bool = False
+  features: str = "cls"
   dtype: Any = jnp.float32
 
   def setup(self):
     if self.positions not in ("learned", "row_first", "column_first"):
       raise ValueError(f"encoder.positions must be learned, row_first or column_first, got {self.positions!r}.")
+    if self.features not in ("cls", "mean", "flat"):
+      raise ValueError(f"encoder.features must be cls, mean or flat, got {self.features!r}.")
     patch = (self.patch_size, self.patch_size)
-    self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.patch_bias_init, self.dtype)
+    self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.dtype)
     self.cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim))
     if self.positions == "learned":
       grid = self.image_size // self.patch_size
@@ -58,12 +77,15 @@ class ViT(nn.Module):
     self.norm = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
 
   def __call__(self, images: jax.Array, *, train: bool, uniforms: jax.Array | None = None) -> jax.Array:
-    """Maps float [b, H, W, C] to the class token after the last norm, float32 [b, dim].
+    """Maps float [b, H, W, C] to float32 [b, features].
 
     `uniforms` [depth, 2, b] in [0, 1) decide which examples skip which branch; None drops none.
     """
     del train  # No batch statistics; what is random comes in as `uniforms`.
-    return _wide(self.norm(self.outputs(images, uniforms=uniforms)[-1])[:, 0])
+    tokens = _wide(self.norm(self.outputs(images, uniforms=uniforms)[-1]))
+    if self.features == "cls":
+      return tokens[:, 0]
+    return jnp.mean(tokens[:, 1:], axis=1) if self.features == "mean" else rearrange(tokens[:, 1:], "b n d -> b (n d)")
 
   def tokens(self, images: jax.Array, *, keep: jax.Array | None = None) -> jax.Array:
     """All tokens after the last norm, [b, 1 + n, dim], the class token first; `keep` int [b, n] picks patches."""
@@ -115,12 +137,12 @@ class PatchEmbed(nn.Module):
   dim: int
   patch: tuple[int, int]
   kernel_init: nn.initializers.Initializer
-  bias_init: nn.initializers.Initializer
   dtype: Any
 
   @nn.compact
   def __call__(self, images):
-    init = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+    bias_init = torch_bias(math.prod(self.patch) * images.shape[-1])
+    init = dict(kernel_init=self.kernel_init, bias_init=bias_init)
     x = nn.Conv(self.dim, self.patch, self.patch, "VALID", dtype=self.dtype, name="proj", **init)(images)
     return rearrange(x, "b h w d -> b (h w) d")
 

@@ -1,0 +1,169 @@
+"""DINO: match the teacher's distribution over prototypes from other crops (Caron et al., 2021, algorithm 1).
+
+arXiv:2104.14294; official code: facebookresearch/dino, main_dino.py. The teacher sees the global crops only, has no
+drop path, and follows the student after each optimizer step. Crops of one resolution go through one forward pass, all of
+them through one call of the head.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import struct
+from jax import lax
+
+from ssl_jax import models
+from ssl_jax.errors import UserError
+from ssl_jax.losses import dino_center, dino_loss
+from ssl_jax.methods.base import AXIS, Aux, Method
+from ssl_jax.models.heads import DINOHead
+
+
+@struct.dataclass
+class DINOState:
+  """The teacher {"encoder", "head"}, the centre [K], and both encoders' running batch statistics; float32."""
+
+  teacher_params: Any
+  center: jax.Array
+  batch_stats: Any
+  teacher_batch_stats: Any
+
+
+def dino(
+  encoder: nn.Module,
+  head: DINOHead,
+  *,
+  teacher_temperature: optax.Schedule,
+  teacher_rate: optax.Schedule,
+  student_temperature: float = 0.1,
+  center_momentum: float = 0.9,
+  axis_name: str | None = None,
+) -> Method:
+  """Builds DINO. views[0] are the global crops, the teacher's; the local ones are views[1].
+
+  Args:
+    encoder: called as `encoder(x, train=...)`; a ViT with a drop path rate also gets `uniforms`.
+    head: called as `head(features)`.
+    teacher_temperature: per step.
+    teacher_rate: 1 - m per step, the weight of the student in the teacher's average.
+    student_temperature, center_momentum: of `dino_loss` and `dino_center`.
+    axis_name: mapped axis over which the batch is split; for the metrics, as everything else is averaged by the loop.
+  """
+
+  def forward(params, batch_stats, views, keys=None):
+    """A tuple of [v, b, h, w, c] -> (logits [V, b, K], features [V, b, d], batch statistics)."""
+    features, count = [], 0
+    for crops in views:
+      v = crops.shape[0]
+      variables = {"params": params["encoder"], "batch_stats": batch_stats}
+      dropped = {} if keys is None else drop_path_uniforms(keys, count, v)
+      output, changed = encoder.apply(
+        variables, rearrange(crops, "v b h w c -> (v b) h w c"), train=True, mutable=["batch_stats"], **dropped
+      )
+      features.append(rearrange(output, "(v b) d -> v b d", v=v))
+      batch_stats, count = changed.get("batch_stats", {}), count + v
+    stacked = jnp.concatenate(features)
+    logits = head.apply({"params": params["head"]}, rearrange(stacked, "v b d -> (v b) d"))
+    return rearrange(logits, "(v b) k -> v b k", v=count), stacked, batch_stats
+
+  def drop_path_uniforms(keys, first, views):
+    if not getattr(encoder, "drop_path", 0):
+      return {}
+
+    def draw(key, view):  # of one example's view: independent of the batch and of the number of devices
+      return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 1), view), (encoder.depth, 2))
+
+    u = jax.vmap(jax.vmap(draw, (0, None)), (None, 0))(keys, first + jnp.arange(views))  # [v, b, depth, 2]
+    return {"uniforms": rearrange(u, "v b depth two -> depth two (v b)")}
+
+  def init(key, views):
+    encoder_key, head_key = jax.random.split(key)
+    features, variables = encoder.init_with_output(encoder_key, views[0][0], train=True)
+    logits, head_variables = head.init_with_output(head_key, features)
+    params = {"encoder": variables["params"], "head": head_variables["params"]}
+    stats = variables.get("batch_stats", {})
+    return params, DINOState(jax.tree.map(jnp.copy, params), jnp.zeros(logits.shape[-1]), stats, stats)
+
+  def loss(params, state, views, keys, step):
+    student, features, batch_stats = forward(params, state.batch_stats, views, keys)
+    teacher, _, teacher_stats = forward(state.teacher_params, state.teacher_batch_stats, views[:1])
+    teacher = lax.stop_gradient(teacher)
+    temperature = teacher_temperature(step)
+    value = dino_loss(
+      student, teacher, state.center, student_temperature=student_temperature, teacher_temperature=temperature
+    )
+    center = dino_center(state.center, teacher, momentum=center_momentum)
+    averages = {"center": center, "batch_stats": batch_stats, "teacher_batch_stats": teacher_stats}
+    metrics = {"loss": value, "teacher_temperature": jnp.asarray(temperature)}
+    metrics |= entropies((teacher.astype(jnp.float32) - state.center) / temperature, axis_name)
+    embedding = rearrange(features[:2], "v b d -> b v d")
+    return value, Aux(metrics, averages, {"embedding": lax.stop_gradient(embedding)})
+
+  def update(params, state, aux, step):
+    teacher_params = optax.incremental_update(params, state.teacher_params, teacher_rate(step))
+    return state.replace(teacher_params=teacher_params, **aux.averages)
+
+  def encoder_variables(params, state):
+    del params  # The paper evaluates the teacher.
+    return {"params": state.teacher_params["encoder"], "batch_stats": state.teacher_batch_stats}
+
+  def chance(batch_size):
+    del batch_size
+    return math.log(head.prototypes)
+
+  return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
+
+
+def entropies(logits: jax.Array, axis_name: str | None) -> dict[str, jax.Array]:
+  """Collapse monitors of the teacher, as shares of log K: 1 is uniform, 0 is one prototype.
+
+  "teacher_entropy" of each distribution: 1 says that the teacher tells nothing. "marginal_entropy" of the mean
+  distribution of the batch: near 0 all images fall on one prototype, which neither the loss nor a k-NN shows.
+  """
+  log_p = jax.nn.log_softmax(logits)
+  mean = jnp.mean(jnp.exp(log_p), axis=(0, 1))
+  mean = lax.pmean(mean, axis_name) if axis_name else mean
+  scale = 1 / math.log(logits.shape[-1])
+  return {
+    "teacher_entropy": -scale * jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
+    "marginal_entropy": -scale * jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))),
+  }
+
+
+def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
+  """Builds DINO as a recipe describes it."""
+  settings = config.method
+  sizes = [view["size"] for view in config.views]
+  if len(sizes) < 2 or sizes[0] != sizes[1] or len(set(sizes)) > 2 or sizes.count(sizes[0]) != 2:
+    raise UserError(f"dino takes two global views of one size and local views of another, got sizes {sizes}.")
+  warm = settings.teacher_temperature_warmup_epochs
+  ramp = [
+    settings.teacher_temperature_start
+    + (settings.teacher_temperature - settings.teacher_temperature_start) * i / max(warm - 1, 1)
+    for i in range(warm)
+  ]
+  temperatures = jnp.array([*ramp, settings.teacher_temperature])
+
+  def teacher_temperature(step):  # by epoch, as in the official code
+    return temperatures[jnp.minimum(step // steps_per_epoch, warm)]
+
+  head = DINOHead(**settings.head, dtype=jnp.dtype(config.dtype))
+  return dino(
+    make_encoder(config),
+    head,
+    teacher_temperature=teacher_temperature,
+    # m(t) = 1 - (1 - m0) (1 + cos(pi t / T)) / 2
+    teacher_rate=optax.cosine_decay_schedule(1 - settings.teacher_momentum, steps),
+    student_temperature=settings.student_temperature,
+    center_momentum=settings.center_momentum,
+    axis_name=AXIS,
+  )
+
+
+def make_encoder(config: Any) -> nn.Module:
+  """The recipe's encoder with the official initialisation, for training and for evaluation."""
+  return models.make(config, axis_name=AXIS, resnet={}, vit={})

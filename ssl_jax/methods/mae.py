@@ -1,0 +1,113 @@
+"""MAE: remove most patches, encode the rest, predict the pixels of the removed (He et al., 2021, arXiv:2111.06377).
+
+Official code: facebookresearch/mae, main_pretrain.py and models_mae.py.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ssl_jax import models
+from ssl_jax.errors import UserError
+from ssl_jax.losses import mae_loss, patchify
+from ssl_jax.methods.base import Aux, Method
+from ssl_jax.models.mae import MAEDecoder
+from ssl_jax.models.vit import ViT
+
+
+@struct.dataclass
+class MAEState:
+  """MAE keeps nothing between steps."""
+
+
+def mask_from_noise(noise: jax.Array, keep: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Picks the patches that stay: those with the `keep` lowest values of the noise.
+
+  Args:
+    noise: float [b, L].
+    keep: how many stay in each image.
+
+  Returns:
+    (visible int [b, keep], mask float32 [b, L] with 1 = removed, restore int [b, L]: a patch's place in the shuffled
+    order whose first `keep` are the visible ones).
+  """
+  shuffle = jnp.argsort(noise, axis=1)
+  restore = jnp.argsort(shuffle, axis=1)
+  return shuffle[:, :keep], (restore >= keep).astype(jnp.float32), restore
+
+
+def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normalize_target: bool = True) -> Method:
+  """Builds MAE.
+
+  Args:
+    encoder: a ViT; only the visible patches go through it.
+    decoder: predicts the pixels of all patches.
+    mask_ratio: share of the patches that is removed; int(L (1 - ratio)) stay.
+    normalize_target: see `mae_loss`.
+  """
+  patch = encoder.patch_size
+
+  def forward(params, images, noise):
+    """Returns (predictions [b, L, P], mask [b, L], encoded tokens)."""
+    grid = images.shape[1] // patch, images.shape[2] // patch
+    visible, mask, restore = mask_from_noise(noise, int(noise.shape[1] * (1 - mask_ratio)))
+    tokens = encoder.apply({"params": params["encoder"]}, images, keep=visible, method="tokens")
+    return decoder.apply({"params": params["decoder"]}, tokens, restore, grid), mask, tokens
+
+  def init(key, views):
+    encoder_key, decoder_key = jax.random.split(key)
+    images = views[0][0]
+    grid = images.shape[1] // patch, images.shape[2] // patch
+    if grid[0] * grid[1] < 2:
+      raise ValueError(f"MAE needs more than one patch: images of {images.shape[1]} pixels, patches of {patch}.")
+    encoder_params = encoder.init(encoder_key, images, train=False)["params"]
+    tokens = jnp.zeros((1, 1 + grid[0] * grid[1], encoder.dim))
+    restore = jnp.arange(grid[0] * grid[1])[None]
+    decoder_params = decoder.init(decoder_key, tokens, restore, grid)["params"]
+    return {"encoder": encoder_params, "decoder": decoder_params}, MAEState()
+
+  def loss(params, state, views, keys, step):
+    del state, step
+    images = views[0][0]  # [b, h, w, c]: MAE takes one view
+    target = patchify(images, patch)
+    noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), target.shape[1:2]))(keys)
+    prediction, mask, tokens = forward(params, images, noise)
+    value = mae_loss(prediction, target, mask, normalize_target=normalize_target)
+    embedding = jnp.mean(tokens[:, 1:], axis=1, keepdims=True)
+    return value, Aux({"loss": value}, examples={"embedding": embedding})
+
+  def update(params, state, aux, step):
+    del params, aux, step
+    return state
+
+  def encoder_variables(params, state):
+    del state
+    return {"params": params["encoder"]}
+
+  def chance(batch_size):
+    del batch_size
+    return 1.0  # what the mean of a normalised patch leaves
+
+  return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
+
+
+def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
+  """Builds MAE as a recipe describes it."""
+  del steps, steps_per_epoch
+  if len(config.views) != 1:
+    raise UserError(f"mae takes one view, got {len(config.views)}.")
+  encoder = make_encoder(config)
+  decoder = MAEDecoder(
+    encoder.patch_size**2 * config.data.channels, **config.method.decoder, dtype=jnp.dtype(config.dtype)
+  )
+  return mae(encoder, decoder, mask_ratio=config.method.mask_ratio, normalize_target=config.method.normalize_target)
+
+
+def make_encoder(config: Any) -> Any:
+  """The recipe's encoder with the official initialisation, for training and for evaluation."""
+  xavier = nn.initializers.xavier_uniform()
+  vit = dict(positions="column_first", kernel_init=xavier, qkv_init=xavier, patch_init=models.vit.patch_xavier)
+  return models.make(config, vit=vit)
