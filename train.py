@@ -103,10 +103,8 @@ def make_plan(config) -> Plan:
   configs.check(config, images=len(train_set.images), devices=mesh.size)
   test_set = load(config, config.data.test_split) if train_set.num_classes and config.data.test_split else None
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set.images))
-  learning_rate = optim.warmup_cosine(
-    peak_learning_rate(config), round(config.lr.warmup_epochs * steps_per_epoch), steps, config.lr.end
-  )
-  optimizer = optim.from_config(config, learning_rate)
+  learning_rate = optim.schedule_from_config(config, steps, steps_per_epoch)
+  optimizer = optim.from_config(config, learning_rate, steps, steps_per_epoch)
   views = configs.views(config)
   module = methods.find(config.method.name)
   try:
@@ -116,6 +114,7 @@ def make_plan(config) -> Plan:
       out_shardings=parallel.replicated(mesh),
     )
     state = parallel.abstract(init.eval_shape(), parallel.replicated(mesh))
+    optim.check_rules(config, state.params)
     train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed), mesh)
     batch = parallel.abstract({"image": train_set.images[: config.batch_size]}, parallel.split(mesh))
     train_step.trace(state, batch)

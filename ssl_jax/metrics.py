@@ -15,13 +15,14 @@ import tensorboardX
 _ROWS = 256  # of the Gram matrix: enough to see a collapse, too few to cost anything
 # Below these a batch of embeddings is collapsed: random ones have about 1, and about min(rows, d).
 COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0
+UNIFORM_TEACHER, ONE_PROTOTYPE = 0.995, 0.1  # entropies as shares of log K
 
 
 def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
   r"""Collapse monitors of one batch, as in Wang and Isola, 2020, arXiv:2005.10242, for the last two.
 
   Args:
-    embedding: float [n, 2, d], two views of each example, of any norm.
+    embedding: float [n, v, d], one view or two of each example, of any norm.
 
   Returns:
     float32 scalars:
@@ -29,7 +30,7 @@ def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
       spread evenly, 0 where all are one point;
     "effective_rank": (sum of eigenvalues)^2 / sum of their squares of the covariance of at most 256 rows, from their
       Gram matrix without an eigendecomposition: between 1 and min(d, rows - 1);
-    "alignment": mean squared distance of an example's two views, 0 to 4;
+    "alignment": mean squared distance of an example's two views, 0 to 4; not there for one view;
     "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point.
   """
   z = embedding.astype(jnp.float32)
@@ -41,12 +42,14 @@ def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
   with jax.default_matmul_precision("highest"):
     gram, covariance = rows @ rows.T, centred @ centred.T
   pairs = jnp.where(jnp.eye(n, dtype=bool), 0.0, jnp.exp(4.0 * gram - 4.0))  # |a - b|^2 = 2 - 2 <a, b>
-  return {
+  monitors = {
     "feature_std": jnp.mean(jnp.std(first, axis=0)) * math.sqrt(z.shape[-1]),
     "effective_rank": jnp.square(jnp.trace(covariance)) / jnp.maximum(jnp.sum(jnp.square(covariance)), 1e-12),
-    "alignment": jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), axis=-1)),
     "uniformity": jnp.log(jnp.sum(pairs) / max(n * (n - 1), 1)),
   }
+  if z.shape[1] > 1:
+    monitors["alignment"] = jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), axis=-1))
+  return monitors
 
 
 def collapse_warning(row: dict[str, Any]) -> str | None:
@@ -60,6 +63,16 @@ def collapse_warning(row: dict[str, Any]) -> str | None:
     return (
       f"the features have collapsed: at step {row['step']} the embeddings lie on a line "
       f"(effective_rank {row['effective_rank']:.2f}, healthy is many)."
+    )
+  if row.get("teacher_entropy", 0.0) > UNIFORM_TEACHER:
+    return (
+      f"the teacher is uniform at step {row['step']} (teacher_entropy {row['teacher_entropy']:.3f} of log K): it tells "
+      "nothing. A lower teacher temperature helps."
+    )
+  if row.get("marginal_entropy", 1.0) < ONE_PROTOTYPE:
+    return (
+      f"the teacher has collapsed: at step {row['step']} nearly all images have the same few prototypes "
+      f"(marginal_entropy {row['marginal_entropy']:.3f} of log K). The loss is small and means nothing."
     )
   return None
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ssl_jax.errors import UserError
@@ -18,10 +19,13 @@ def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
   return base * rules[scaling]
 
 
-def warmup_cosine(peak: float, warmup_steps: int, steps: int, end: float = 0.0) -> optax.Schedule:
+def warmup_cosine(
+  peak: float, warmup_steps: int, steps: int, end: float = 0.0, *, inclusive: bool = False
+) -> optax.Schedule:
   """Linear from 0 over the warm-up, then a half cosine to `end` (learning_rate_schedule in the official SimCLR).
 
   With W warm-up steps of T: peak t / W for t < W, then end + (peak - end) (1 + cos(pi (t - W) / (T - W))) / 2.
+  `inclusive` warms up by t / (W - 1), as the official DINO does: its last warm-up step has the peak already.
 
   Raises:
     UserError: the warm-up is not shorter than the run.
@@ -30,10 +34,35 @@ def warmup_cosine(peak: float, warmup_steps: int, steps: int, end: float = 0.0) 
     raise UserError(
       f"the warm-up is {warmup_steps} steps long and the run {steps}: lower lr.warmup_epochs or train for longer."
     )
-  cosine = optax.cosine_decay_schedule(peak, steps - warmup_steps, end / peak if peak else 0.0)
+  cosine = cosine_between(peak, end, steps - warmup_steps)
   if warmup_steps == 0:
     return cosine
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), cosine], [warmup_steps])
+  linear = optax.linear_schedule(0.0, peak, max(warmup_steps - inclusive, 1))
+  return optax.join_schedules([linear, cosine], [warmup_steps])
+
+
+def cosine_between(start: float, end: float, steps: int) -> optax.Schedule:
+  """end + (start - end) (1 + cos(pi t / steps)) / 2, up or down."""
+  cosine = optax.cosine_decay_schedule(1.0, steps)
+  return lambda step: end + (start - end) * cosine(step)
+
+
+def schedule_from_config(config: Any, steps: int, steps_per_epoch: int) -> optax.Schedule:
+  """The learning rate that `config.lr` describes.
+
+  Its keys: base, scaling (see `scaled_learning_rate`), warmup_epochs, end; and where a recipe has them, `inclusive`
+  (see `warmup_cosine`), `by_epoch` (the rate changes between epochs only: MoCo v2) and `milestones` (epochs at which it
+  falls to a tenth, in place of the cosine: MoCo v1).
+  """
+  lr = config.lr
+  peak = scaled_learning_rate(lr.base, config.batch_size, lr.scaling)
+  if lr.get("milestones"):
+    return optax.piecewise_constant_schedule(peak, {epoch * steps_per_epoch: 0.1 for epoch in lr.milestones})
+  warmup_steps = round(lr.warmup_epochs * steps_per_epoch)
+  schedule = warmup_cosine(peak, warmup_steps, steps, lr.end, inclusive=lr.get("inclusive", False))
+  if lr.get("by_epoch"):
+    return lambda step: schedule(step // steps_per_epoch * steps_per_epoch)
+  return schedule
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -47,17 +76,22 @@ def decayed(params: Any, no_decay: Sequence[str]) -> Any:
   Args:
     params: parameter tree.
     no_decay: regular expressions; a parameter whose whole path matches one of them is left out.
-
-  Raises:
-    UserError: an expression matches no parameter.
   """
+  return jax.tree_util.tree_map_with_path(lambda path, _: not matches(path, no_decay), params)
+
+
+def matches(path: Sequence[Any], patterns: Sequence[str]) -> bool:
+  """Whether the whole path of a parameter matches one of the regular expressions."""
+  return any(re.fullmatch(pattern, path_name(path)) for pattern in patterns)
+
+
+def check_rules(config: Any, params: Any) -> None:
+  """Raises UserError if an expression of the recipe matches no parameter: it has a mistake then."""
   names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  for pattern in no_decay:
-    if not any(re.fullmatch(pattern, name) for name in names):
-      raise UserError(f"no_decay: {pattern!r} matches no parameter; they are called {names[0]!r}, {names[-1]!r}.")
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: not any(re.fullmatch(pattern, path_name(path)) for pattern in no_decay), params
-  )
+  for key in ("no_decay", "frozen", "late"):
+    for pattern in config.get(key, ()):
+      if not any(re.fullmatch(pattern, name) for name in names):
+        raise UserError(f"{key}: {pattern!r} matches no parameter; they are called {names[0]!r}, {names[-1]!r}.")
 
 
 def lars(
@@ -101,26 +135,67 @@ def adamw(
   learning_rate: optax.Schedule,
   mask: Any,
   *,
-  weight_decay: float = 0.0,
+  weight_decay: float | optax.Schedule = 0.0,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-  """AdamW with decoupled decay, scaled by the learning rate as in PyTorch."""
-  return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+  """AdamW with decoupled decay, scaled by the learning rate as in PyTorch; the decay may be a schedule (DINO)."""
+  if callable(weight_decay):
+    decay = optax.inject_hyperparams(optax.add_decayed_weights, static_args="mask")(weight_decay, mask=mask)
+  else:
+    decay = optax.add_decayed_weights(weight_decay, mask)
+  return optax.chain(optax.scale_by_adam(b1, b2, eps), decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def clip_by_param_norm(max_norm: float) -> optax.GradientTransformation:
+  """Scales each gradient leaf to an L2 norm of at most `max_norm` (`clip_gradients` in the official DINO code)."""
+  return optax.stateless_with_tree_map(lambda g, _: g * jnp.minimum(1.0, max_norm / (jnp.linalg.norm(g) + 1e-6)))
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": adamw}
 
 
-def from_config(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-  """Builds the optimizer that `config.optimizer` names; `config.no_decay` says what neither decays nor adapts."""
+def from_config(
+  config: Any, learning_rate: optax.Schedule, steps: int, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """Builds the optimizer of a recipe.
+
+  `config.optimizer` has its name and arguments; `weight_decay_end` makes the decay a cosine over the run, `clip` clips
+  each parameter's gradient. `config.no_decay` says what neither decays nor adapts. Where a recipe has them,
+  `config.frozen` says what is never trained and `config.late`, with `config.late_epochs`, what is not at first:
+  neither is decayed nor has moments meanwhile, as a PyTorch parameter without a gradient.
+  """
   arguments = dict(config.optimizer)
-  name = arguments.pop("name")
+  name, clip, decay_end = arguments.pop("name"), arguments.pop("clip", None), arguments.pop("weight_decay_end", None)
   if name not in OPTIMIZERS:
     raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
-  no_decay = tuple(config.no_decay)
+  weight_decay = arguments.get("weight_decay", 0.0)
+  no_decay, frozen, late = (tuple(config.get(key, ())) for key in ("no_decay", "frozen", "late"))
+
+  def build(shift):
+    """The optimizer of parameters that start at step `shift`: its own count starts at 0 there."""
+    if decay_end is not None:
+      decay = cosine_between(weight_decay, decay_end, steps)
+      arguments["weight_decay"] = lambda step: decay(step + shift)
+    return OPTIMIZERS[name](
+      lambda step: learning_rate(step + shift), lambda params: decayed(params, no_decay), **arguments
+    )
+
   try:
-    return OPTIMIZERS[name](learning_rate, lambda params: decayed(params, no_decay), **arguments)
+    optimizer = build(0)
+    if frozen or late:
+      first = config.get("late_epochs", 0) * steps_per_epoch
+      parts = {
+        "trained": optimizer,
+        "frozen": optax.set_to_zero(),
+        "late": optax.conditionally_mask(build(first), lambda step: step >= first),
+      }
+
+      def label(path, _):
+        return "frozen" if matches(path, frozen) else "late" if matches(path, late) else "trained"
+
+      optimizer = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(label, params))
   except TypeError as error:
     raise UserError(f"optimizer {name}: {error}.") from error
+  return optimizer if clip is None else optax.chain(clip_by_param_norm(clip), optimizer)

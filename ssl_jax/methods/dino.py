@@ -1,8 +1,8 @@
 """DINO: match the teacher's distribution over prototypes from other crops (Caron et al., 2021, algorithm 1).
 
 arXiv:2104.14294; official code: facebookresearch/dino, main_dino.py. The teacher sees the global crops only, has no
-drop path, and follows the student after each optimizer step. Crops of one resolution go through one forward pass, all of
-them through one call of the head.
+drop path, and follows the student after each optimizer step. Crops of one resolution go through one forward pass, all
+of them through one call of the head.
 """
 
 import math

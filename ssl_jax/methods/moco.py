@@ -222,7 +222,7 @@ def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
     raise UserError(f"moco takes two views of one size, got sizes {sizes}.")
   dtype = jnp.dtype(config.dtype)
   if settings.version in (1, 2):
-    head = MoCoHead(layers=settings.version, features=settings.features, dtype=dtype)
+    head = MoCoHead(settings.version, settings.get("hidden"), settings.features, dtype)
     return moco(
       make_encoder(config),
       head,

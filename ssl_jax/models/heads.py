@@ -56,9 +56,13 @@ SimCLRProjector = functools.partial(Projector, last_norm="scale", kernel_init=nn
 
 
 class MoCoHead(nn.Module):
-  """MoCo v1's single linear layer, or v2's two with ReLU between; with biases and without norms."""
+  """MoCo v1's single linear layer, or v2's two with ReLU between; with biases and without norms.
+
+  The hidden width is the input's unless `hidden` is given.
+  """
 
   layers: int = 2
+  hidden: int | None = None
   features: int = 128
   dtype: Any = jnp.float32
 
@@ -66,11 +70,14 @@ class MoCoHead(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps float [b, d] to float [b, features]."""
     del train
-    init = dict(kernel_init=torch_uniform, bias_init=torch_bias(x.shape[-1]), dtype=self.dtype)
     if self.layers == 1:
-      return nn.Dense(self.features, name="fc", **init)(x)
-    x = nn.relu(nn.Dense(x.shape[-1], name="fc_0", **init)(x))
-    return nn.Dense(self.features, name="fc_2", **init)(x)
+      return self.linear(self.features, x, "fc")
+    x = nn.relu(self.linear(self.hidden or x.shape[-1], x, "fc_0"))
+    return self.linear(self.features, x, "fc_2")
+
+  def linear(self, features, x, name):
+    init = dict(kernel_init=torch_uniform, bias_init=torch_bias(x.shape[-1]))
+    return nn.Dense(features, dtype=self.dtype, name=name, **init)(x)
 
 
 class DINOHead(nn.Module):
