@@ -8,7 +8,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 # XLA's thread pool is as large as the core count: with fewer threads than devices a collective can hang for ever.
 os.environ["NPROC"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the suite's time is XLA's compiler
 
 TESTS = pathlib.Path(__file__).parent
 for folder in (TESTS / "golden", TESTS.parent):  # named_weights; ssl_jax and train where they are not installed
@@ -19,12 +18,23 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
+# Most of the suite's time is XLA's compiler. Not in the environment: real runs in processes of their own are optimised.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture
 def x64():
   """float64 for one test."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def optimised():
+  """XLA's optimisations back on, for what computes longer than it compiles."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

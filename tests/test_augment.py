@@ -130,7 +130,8 @@ def jitter_one_after_the_other(image, factors, hue, order):
 
 
 @pytest.mark.parametrize(
-  ("factors", "hue"), [((1.4, 0.7, 1.9), -0.31), ((0.5, 1.8, 0.0), 0.5), ((1.0, 1.0, 1.3), 0.02), ((0.0, 2.0, 2.0), 0.1)]
+  ("factors", "hue"),
+  [((1.4, 0.7, 1.9), -0.31), ((0.5, 1.8, 0.0), 0.5), ((1.0, 1.0, 1.3), 0.02), ((0.0, 2.0, 2.0), 0.1)],
 )
 def test_jitter_is_the_four_operations_one_after_the_other_in_all_24_orders(photo, factors, hue):
   image = photo[:, ::3, ::3]
@@ -247,7 +248,7 @@ def test_a_flip_is_exactly_the_mirrored_crop(photo):
 
 
 def test_an_unknown_interpolation_is_named(photo):
-  with pytest.raises(ValueError, match="interpolation .*'nearest'"):
+  with pytest.raises(ValueError, match=r"interpolation .*'nearest'"):
     augment.resized_crop(photo, jnp.array([0, 0, 8, 8]), 8, "nearest")
 
 

@@ -7,9 +7,8 @@ import pytest
 from flax import traverse_util
 
 from ssl_jax import convert
-from ssl_jax.methods.simclr import Network
 from ssl_jax.models import resnet
-from ssl_jax.models.heads import SimCLRProjector
+from ssl_jax.models.heads import Network, SimCLRProjector
 
 
 @pytest.fixture(scope="module")

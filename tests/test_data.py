@@ -636,7 +636,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
 
 def test_consecutive_steps_shuffle_once_an_epoch(monkeypatch):
   calls = []
-  monkeypatch.setattr(data, "epoch_order", lambda *args: calls.append(args) or np.arange(args[-1]))
+  monkeypatch.setattr(order, "epoch_order", lambda *args: calls.append(args) or np.arange(args[-1]))
   order._cached_order.cache_clear()
   for step in range(9):
     data.batch_indices(40, 10, 0, step)

@@ -6,6 +6,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from named_weights import named_images, named_weight
 
 from ssl_jax import convert, models
+from ssl_jax.errors import UserError
 from ssl_jax.models import resnet
 from ssl_jax.models.heads import SimCLRProjector
 from ssl_jax.models.norm import BatchNorm
@@ -91,7 +93,7 @@ def test_width_multiplies_every_channel(width, bottleneck, expansion):
   plain, _ = shapes_of(resnet.ResNet(stages=(1, 1), bottleneck=bottleneck))
   assert output == (1, 128 * width * expansion)
   wide_stats, stats = (traverse_util.flatten_dict(v["batch_stats"]) for v in (variables, plain))
-  assert {path: leaf.shape[0] / width for path, leaf in wide_stats.items()} == {p: l.shape[0] for p, l in stats.items()}
+  assert {p: leaf.shape[0] / width for p, leaf in wide_stats.items()} == {p: leaf.shape[0] for p, leaf in stats.items()}
 
 
 @pytest.mark.parametrize(
@@ -144,13 +146,27 @@ def test_an_unknown_choice_is_named(field, value):
     shapes_of(resnet.ResNet(stages=(1,), **{field: value}))
 
 
-def test_an_encoder_is_made_by_name_and_a_mistake_is_named():
-  assert models.make(dict(name="resnet18"), width=2).width == 2
-  assert models.make(dict(name="resnet18", width=3), width=2).width == 3  # the recipe's own is over the method's
-  with pytest.raises(ValueError, match="resnet81.*did you mean 'resnet"):
-    models.make(dict(name="resnet81"))
-  with pytest.raises(ValueError, match="encoder resnet18: .*depth"):
-    models.make(dict(name="resnet18", depth=3))
+def make(**encoder):
+  config = ml_collections.ConfigDict(dict(dtype="bfloat16", encoder=encoder, method=dict(name="simclr")))
+  return models.make(config, axis_name="batch", resnet=dict(width=2))
+
+
+def test_an_encoder_is_made_by_name_and_its_recipe_is_over_the_methods_settings():
+  made = make(name="resnet18", stem="small")
+  assert (made.width, made.stem, made.axis_name, made.dtype) == (2, "small", "batch", jnp.bfloat16)
+  assert make(name="resnet18", width=3).width == 3
+
+
+@pytest.mark.parametrize(
+  ("encoder", "shown"),
+  [
+    (dict(name="resnet81"), "resnet81.*did you mean 'resnet"),
+    (dict(name="resnet18", depth=3), "encoder resnet18: .*depth"),
+  ],
+)
+def test_a_mistake_in_an_encoder_is_named(encoder, shown):
+  with pytest.raises(UserError, match=shown):
+    make(**encoder)
 
 
 def test_bfloat16_computes_narrow_and_keeps_parameters_statistics_and_features_wide():
@@ -218,6 +234,18 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them():
   want = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)  # float32
   jax.tree.map(np.testing.assert_array_equal, changed.get("batch_stats", stats), stats)
+
+
+def test_groups_are_normalised_apart_and_their_statistics_averaged():
+  x = np.random.default_rng(0).normal(2, 3, size=(6, 4, 3)).astype(np.float32)
+  v = norm_variables(3)
+  y, stats = jax.jit(functools.partial(apply_norm, BatchNorm(group_size=2)))(v, x)
+  parts = [jax.jit(functools.partial(apply_norm, BatchNorm()))(v, x[i : i + 2]) for i in (0, 2, 4)]
+  np.testing.assert_allclose(y, np.concatenate([part for part, _ in parts]), rtol=1e-5, atol=1e-5)  # float32
+  for name, value in stats.items():
+    np.testing.assert_allclose(value, np.mean([part[name] for _, part in parts], axis=0), rtol=1e-5)
+  with pytest.raises(ValueError, match="bn_group_size=4 does not divide the 6"):
+    apply_norm(BatchNorm(group_size=4), v, x)
 
 
 def test_synchronised_variance_is_of_the_whole_batch_not_a_mean_of_variances():

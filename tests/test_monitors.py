@@ -78,6 +78,14 @@ def test_alignment_is_zero_for_equal_views_and_four_for_opposite_ones():
   assert measure(z.astype(np.float32))["alignment"] == pytest.approx(4, rel=1e-6)
 
 
+def test_one_view_has_no_alignment_and_the_same_other_figures():
+  z = draw(20, 6).astype(np.float32)
+  both, one = measure(z), measure(z[:, :1])
+  assert both.keys() - one.keys() == {"alignment"}
+  for name, value in one.items():
+    np.testing.assert_allclose(value, both[name], rtol=1e-6, err_msg=name)
+
+
 def test_norms_do_not_matter():
   z = draw(20, 6)
   scaled = z * np.random.default_rng(1).uniform(0.1, 100, size=(20, 2, 1))

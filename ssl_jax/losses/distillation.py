@@ -108,6 +108,7 @@ def _check_temperature(name, temperature):
     return
   if isinstance(temperature, bool | str) or jnp.ndim(temperature) != 0:
     raise TypeError(f"{name} must be a positive number, got {temperature!r}.")
+  temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
   if not (math.isfinite(temperature) and temperature > 0):
     raise ValueError(f"{name} must be positive and finite, got {temperature}.")
 

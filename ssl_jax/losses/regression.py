@@ -37,5 +37,6 @@ def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 def _unit(x):
   x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-  # The floor sits inside the root: the gradient at x = 0 is then 0, not NaN.
-  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  # At x = 0 value and gradient are 0: without the `where` its gradient would be 1e6 times what comes in, no float16.
+  return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))
