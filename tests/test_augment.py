@@ -332,15 +332,19 @@ def test_an_operation_is_applied_as_often_as_asked(settings, probability):
     assert low <= np.mean(np.any(np.abs(got - image / 255) > 1e-4, axis=(1, 2, 3))) <= high
 
 
-def test_decisions_are_independent_of_each_other():
-  image = np.zeros((4, 4, 3), np.uint8)
-  image[:, :2], image[:, 2:] = (30, 20, 10), (120, 80, 40)  # dark, darker on the left, coloured
-  got = many(View(4, **{**KEEP, "flip": 0.5}, gray_p=0.5, solarize_p=0.5, solarize_threshold=0.0), image, 2000)
-  gray = np.all(got[..., :1] == got, axis=(1, 2, 3))
-  solarized = got.mean(axis=(1, 2, 3)) > 0.5
-  flipped = (got[:, :, :2].mean(axis=(1, 2, 3)) > got[:, :, 2:].mean(axis=(1, 2, 3))) ^ solarized
-  correlation = np.corrcoef(np.stack([gray, solarized, flipped]))
-  assert np.abs(correlation - np.eye(3)).max() < 0.1  # 4.5 standard deviations of 2000
+def test_decisions_are_independent_of_each_other(monkeypatch):
+  def crop(image, box, size, interpolation, flip):
+    del box, interpolation
+    return jnp.full((3, size, size), jnp.where(flip, 0.5, 0.0))
+
+  monkeypatch.setattr(augment, "resized_crop", crop)
+  for bit, name in enumerate(("color_jitter", "grayscale", "gaussian_blur", "solarize")):
+    monkeypatch.setattr(augment, name, lambda image, *_, bit=bit: image + 2.0**bit)
+  chances = dict(flip=0.5, jitter=(0, 0, 0, 0.1), jitter_p=0.5, gray_p=0.5, blur_p=0.5, solarize_p=0.5)
+  got = many(View(3, **chances), np.zeros((4, 4, 3), np.uint8), 2000)[:, 0, 0, 0]
+  decisions = (2 * got).astype(int)[:, None] >> np.arange(5) & 1  # flip, jitter, gray, blur, solarize
+  assert np.abs(decisions.mean(axis=0) - 0.5).max() < 0.05  # 4.5 standard deviations of 2000
+  assert np.abs(np.corrcoef(decisions.T) - np.eye(5)).max() < 0.1  # also 4.5
 
 
 @pytest.mark.parametrize(("strength", "low"), [(0.5, 0.5), (1.5, 0.0)])
@@ -353,18 +357,21 @@ def test_brightness_factors_are_even_between_one_less_and_one_more_than_the_stre
   assert low <= factors.min() < factors.max() <= 1 + strength + 1e-5
 
 
-def test_hue_shifts_are_even_and_all_orders_equally_likely(monkeypatch):
+def test_jitter_draws_even_factors_and_hues_and_equally_likely_orders_apart_from_each_other(monkeypatch):
   def show(image, factors, hue_shift, order):
-    del factors
-    code = jnp.sum(order * jnp.array([64, 16, 4, 1])).astype(jnp.float32)
-    return jnp.broadcast_to(jnp.stack([hue_shift, code, 0.0])[:, None, None], image.shape)
+    numbers = jnp.concatenate([jnp.stack([*factors, hue_shift]), order])
+    return jnp.broadcast_to(jnp.pad(numbers, (0, 8)).reshape(4, 4), image.shape)
 
   monkeypatch.setattr(augment, "color_jitter", show)
-  got = many(View(4, **KEEP, jitter=(0, 0, 0, 0.37), jitter_p=1.0), np.zeros((4, 4, 3), np.uint8), 2400)[:, 0, 0]
-  assert kolmogorov_smirnov(got[:, 0], 0.37 * np.linspace(-1, 1, 2400)) < 1.95 / 2400**0.5  # the level 1e-3
-  codes, counts = np.unique(got[:, 1], return_counts=True)
-  assert set(codes.astype(int)) == set(ORDERS @ [64, 16, 4, 1])
+  view = View(4, **KEEP, jitter=(0.3, 0.5, 0.7, 0.37), jitter_p=1.0)
+  got = many(view, np.zeros((4, 4, 3), np.uint8), 2400)[..., 0].reshape(2400, 16)[:, :8]
+  even = np.linspace(-1, 1, 2400)
+  for numbers, want in zip(got.T, (1 + 0.3 * even, 1 + 0.5 * even, 1 + 0.7 * even, 0.37 * even), strict=False):
+    assert kolmogorov_smirnov(numbers, want) < 1.95 / 2400**0.5  # the critical value at the level 1e-3
+  orders, counts = np.unique(got[:, 4:], axis=0, return_counts=True)
+  np.testing.assert_array_equal(orders, ORDERS)
   assert np.sum((counts - 100) ** 2) / 100 < 49.7  # chi-squared with 23 degrees of freedom at the level 1e-3
+  assert np.abs(np.corrcoef(got.T)[:4] - np.eye(4, 8)).max() < 0.1  # 4.9 standard deviations of 2400
 
 
 def test_blur_widths_are_even_between_their_bounds(monkeypatch):
