@@ -60,7 +60,23 @@ def views(config: Any) -> tuple[augment.View, ...]:
       near = difflib.get_close_matches(unknown[0], augment.View._fields, 1, 0)[0]
       raise UserError(f"views[{i}] has no field {unknown[0]!r}; did you mean {near!r}?")
     out.append(augment.View(**_with_tuples(view)))
+    _check_view(f"views[{i}]", out[-1])
   return tuple(out)
+
+
+def _check_view(name: str, view: augment.View) -> None:
+  for key, holds, text in (
+    ("interpolation", view.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic"),
+    ("blur_kind", view.blur_kind in ("gaussian", "pil"), "gaussian or pil"),
+    ("blur_sigma", len(view.blur_sigma) == 2 and min(view.blur_sigma) > 0, "two positive numbers"),
+    ("blur_kernel", view.blur_kernel % 2 == 1, "odd"),
+    ("jitter", len(view.jitter) == 4, "four strengths: brightness, contrast, saturation, hue"),
+    ("std", len(view.std) == len(view.mean) and all(view.std), "as many numbers as mean, none of them 0"),
+    ("scale", 0 < view.scale[0] <= view.scale[1] <= 1, "a range in (0, 1]"),
+    ("size", view.size >= 1, "at least 1"),
+  ):
+    if not holds:
+      raise UserError(f"{name}.{key} must be {text}, got {getattr(view, key)!r}.")
 
 
 def eval_view(config: Any) -> augment.EvaluationView:

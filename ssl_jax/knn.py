@@ -39,22 +39,26 @@ def knn_predict(
     exclude: int [Q], a bank row that does not count for this query: itself, where the bank is evaluated on itself.
 
   Returns:
-    float32 [Q, C]: each class's share of the votes, rows sum to 1. Equal similarities go to the lower bank row; of
-    equal scores take the smaller class, as `jnp.argmax` and `lax.top_k` do.
+    float32 [Q, C]: each class's share of the votes; rows sum to 1, or to 0 where all of the bank is excluded. Equal
+    similarities go to the lower bank row; of equal scores take the smaller class, as `jnp.argmax` and `lax.top_k` do.
 
   Raises:
-    ValueError: shapes that do not fit, a temperature or k out of range, features that are not finite (not checked
-      under `jax.jit`).
+    ValueError: shapes that do not fit, k out of range; and, where they are not traced: a temperature or labels out of
+      range, features that are not finite.
   """
   bank, bank_labels, queries = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (bank, bank_labels, queries))
   if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
     raise ValueError(f"bank and queries must be [B, d] and [Q, d], got {bank.shape} and {queries.shape}.")
   if bank_labels.shape != bank.shape[:1]:
     raise ValueError(f"bank_labels must be [{bank.shape[0]}], one a bank row, got {bank_labels.shape}.")
-  if k < 1 or bank.shape[0] < 1:
-    raise ValueError(f"k and the bank must hold at least one, got k={k} and {bank.shape[0]} rows.")
-  if not temperature > 0:
+  if k < 1 or bank.shape[0] < 1 or queries.shape[0] < 1:
+    raise ValueError(
+      f"k, bank and queries must hold one, got k={k}, a bank of {bank.shape[0]} rows and {queries.shape[0]} queries."
+    )
+  if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
     raise ValueError(f"temperature must be positive, got {temperature}.")
+  if exclude is not None and np.shape(exclude) != queries.shape[:1]:
+    raise ValueError(f"exclude must be [{queries.shape[0]}], one bank row a query, got {np.shape(exclude)}.")
   for name, x in (("bank", bank), ("queries", queries)):
     if not isinstance(x, jax.core.Tracer):
       bad = int(np.sum(~np.isfinite(np.asarray(x)).all(axis=1)))
@@ -65,6 +69,10 @@ def knn_predict(
     k = bank.shape[0]
   if num_classes is None:
     num_classes = int(np.max(np.asarray(bank_labels))) + 1
+  if not isinstance(bank_labels, jax.core.Tracer):
+    lowest, highest = int(np.min(np.asarray(bank_labels))), int(np.max(np.asarray(bank_labels)))
+    if lowest < 0 or highest >= num_classes:
+      raise ValueError(f"bank_labels must be in [0, {num_classes}), got {lowest} to {highest}.")
   if exclude is None:
     exclude = jnp.full(queries.shape[:1], -1)
   return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size or 8192)

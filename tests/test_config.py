@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,6 +46,10 @@ def recipe(path, *arguments):
   return module.get_config(*arguments)
 
 
+def by_name(name):
+  return next(path for path in RECIPES if path.stem == name)
+
+
 def shrink(config):
   """The same recipe on 16 images of 16 pixels and narrow layers."""
   config.batch_size = 8
@@ -54,8 +59,16 @@ def shrink(config):
     config.encoder.update(width=0.125, stages=(1, 1))
   else:
     config.encoder = dict(name="vit", patch_size=4, dim=12, depth=2, heads=3)
-  if "bn_group_size" in config.method:
-    config.method.bn_group_size = 2
+  small = dict(bn_group_size=2, queue_size=24, hidden=16, features=8)
+  config.method.update({key: value for key, value in small.items() if key in config.method})
+  for key, part in dict(
+    projector=dict(features=8),
+    mlp=dict(hidden=16, features=8),
+    head=dict(hidden=16, bottleneck=8, prototypes=32),
+    decoder=dict(dim=12, depth=1, heads=3),
+  ).items():
+    if key in config.method:
+      config.method[key].update(part)
   config.dtype = "float32"
   config.eval_view.resize = config.eval_view.size = None
   return config
@@ -67,7 +80,8 @@ def test_every_recipe_builds_and_takes_a_step(path, monkeypatch):
   channels = config.data.channels
   images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, channels), dtype=np.uint8)
   monkeypatch.setattr(train, "load", lambda *_: data.Dataset(images, np.zeros(16, np.int32), 1, "random", "train"))
-  config.steps, config.lr.warmup_epochs = 4, 0.5  # one step of warm-up: the second has a learning rate
+  config.steps = 4
+  config.lr.warmup_epochs = min(0.5, config.lr.warmup_epochs)  # one step of it: the second has a learning rate
   plan = train.make_plan(config)
   state = plan.init()
   before = jax.device_get(state.params)
@@ -99,10 +113,6 @@ def test_the_paper_recipes_have_the_papers_numbers():
   assert [configs.views(c)[0].blur_p for c in (cifar, v1, v2)] == [0, 0.5, 0.5]
   assert [configs.views(c)[0].jitter for c in (cifar, v1)] == [(0.4, 0.4, 0.4, 0.1), (0.8, 0.8, 0.8, 0.2)]
   assert configs.schedule_length(v1, 1_281_167) == (31200, 312)
-
-
-def by_name(name):
-  return next(path for path in RECIPES if path.stem == name)
 
 
 def peak(config):
@@ -183,3 +193,75 @@ def test_the_nearest_key_is_a_key():
   assert configs.nearest_key(config, "batchsize") == "batch_size"
   assert configs.nearest_key(config, "data.nam") == "data.name"
   assert configs.has_key(config, "data") and configs.has_key(config, "data.name") and not configs.has_key(config, "dat")
+
+
+VARIANTS = [
+  *((path, ()) for path in RECIPES),
+  *((by_name("moco_imagenet"), (version,)) for version in ("v1", "v3", "v3_vit")),
+  *((by_name("dino_imagenet"), (version,)) for version in ("boost", "vit_base")),
+  (by_name("simclr_imagenet"), ("v2",)),
+]
+
+
+@pytest.mark.parametrize("path, arguments", VARIANTS, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x.stem)
+def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):  # C131
+  config = recipe(path, *arguments)
+  method = methods.find(config.method.name).from_config(config, 100, 10)
+  sizes = dict.fromkeys(view["size"] for view in config.views)
+  drawn = tuple(
+    jax.ShapeDtypeStruct((sum(v["size"] == s for v in config.views), 1, s, s, config.data.channels), np.float32)
+    for s in sizes
+  )
+  params, _ = jax.eval_shape(method.init, jax.random.key(0), drawn)
+  optim.check_rules(config, params)
+  marks = {
+    optim.path_name(leaf): mark
+    for leaf, mark in jax.tree_util.tree_leaves_with_path(optim.decayed(params, config.no_decay))
+  }
+  if config.method.name == "moco" and "quickstart" not in path.stem and config.optimizer.name != "lars":
+    assert all(marks.values())  # the official MoCo decays everything
+  else:
+    kernels = {name for name in marks if name.split("/")[-1] not in ("bias", "scale")}
+    assert {name for name, mark in marks.items() if mark} == kernels
+    assert {name.split("/")[-1] for name in kernels} <= {
+      "kernel", "cls_token", "pos_embed", "mask_token", "weight_v", "weight_g"
+    }  # fmt: skip
+  ruled = {
+    key: {name for name in marks if any(optim.re.fullmatch(p, name) for p in config.get(key, ()))}
+    for key in ("frozen", "late")
+  }
+  want = {"frozen": set(), "late": set()}
+  if config.method.name == "dino":
+    last = {"head/last_layer/weight_g", "head/last_layer/weight_v"}
+    want["frozen"] = set() if config.method.head.get("train_gain") else {"head/last_layer/weight_g"}
+    want["late"] = last if not want["frozen"] else {"head/last_layer/weight_v"}
+    assert ruled["late"] >= want["late"] - want["frozen"] and config.late_epochs == 1
+  if arguments == ("v3_vit",):
+    want["frozen"] = {"encoder/patch_embed/proj/kernel", "encoder/patch_embed/proj/bias"}
+  assert ruled == want
+
+
+def test_frozen_and_late_parameters_neither_move_nor_decay_nor_have_moments():
+  params = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(3)}
+  rules = dict(optimizer=dict(name="adamw", weight_decay=0.5), frozen=("a",), late=("b",), late_epochs=2)
+  optimizer = optim.from_config(configs.ml_collections.ConfigDict(rules), lambda step: 0.1 + 0.01 * step, 10, 2)
+  state, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+  for step in range(5):
+    updates, state = optimizer.update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    assert np.all(params["a"] == 1) and np.all(params["c"] != 1)
+    assert np.all(params["b"] == 1) == (step < 4)  # two epochs of two steps
+  # Its first step is Adam's first, at the rate of step 4: 1 - 0.14 (1 + 0.5).
+  np.testing.assert_allclose(params["b"], 1 - 0.14 * 1.5, rtol=1e-5)
+
+
+def test_moco_v1_falls_at_its_milestones_and_v2_changes_between_epochs():
+  v1, v2 = recipe(by_name("moco_imagenet"), "v1"), recipe(by_name("moco_imagenet"), "v2")
+  at = optim.schedule_from_config(v1, 2000, 10)
+  np.testing.assert_allclose([at(0), at(1199), at(1200), at(1600)], [0.03, 0.03, 0.003, 0.0003], rtol=1e-5)
+  at = optim.schedule_from_config(v2, 2000, 10)
+  np.testing.assert_allclose([at(0), at(9), at(10), at(1005)], [0.03, 0.03, *_cosine(1, 100)], rtol=1e-5)
+
+
+def _cosine(*epochs):
+  return [0.03 * 0.5 * (1 + math.cos(math.pi * epoch / 200)) for epoch in epochs]

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL) for kind in ("bash", "python")}
 COMMANDS = [command.strip() for block in BLOCKS["bash"] for line in block.splitlines() for command in line.split("&&")]
-SMALL = "--config.data.split=train[:512] --config.stop_after_steps=2 --config.encoder.width=0.125"
+SMALL = "--config.data.split=train[:512] --config.data.test_split=test[:200] --config.stop_after_steps=2"
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_ALL_AT_ONCE, _BLOCK = 2**24, 2**20  # similarities: 64 MiB of float32, and what a block holds beyond that
+
 
 def nt_xent(
   z1: jax.Array,
@@ -23,21 +25,22 @@ def nt_xent(
       \frac{\exp(\langle z_i, z_{p(i)} \rangle / \tau)}{\sum_{j \neq i} \exp(\langle z_i, z_j \rangle / \tau)}
 
   Args:
-    z1: float [N, d], projections of the first views, of any norm. A zero vector normalises to zero.
+    z1: float [N, d], projections of the first views. Any norm from 1e-6 up is scaled to one; a zero vector stays zero.
     z2: float [N, d], projections of the second views: row i is the positive of row i of `z1`.
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split; the negatives are then those of the global batch. None:
       the batch that is passed, on one device or as a sharded array under `jax.jit`.
     block_size: how many rows of the [2N, 2N] similarities exist at once; the others are recomputed in the backward
-      pass, so that memory is O(N d + N block_size). None: all rows.
+      pass, so that memory is O(N d + N block_size). None: all rows while they are small, blocks beyond.
 
   Returns:
     float32 scalar (float64 for float64 inputs), >= 0: the mean over the 2N views of the global batch, the same on
     every device. Uniform similarities give log(2N - 1). The official code reports and optimises twice this.
 
-  Gradients: over a mapped axis `lax.pmean` of the per-device gradients is the gradient of the returned value. This
-  holds for `jax.pmap`, `jax.vmap` and `jax.shard_map(check_vma=False)`. Under shard_map's default `check_vma=True`
-  make the parameters varying first (`lax.pcast(..., to="varying")`) or leave the pmean out: JAX has summed already.
+  Gradients: for `jax.pmap`, `jax.vmap` and `jax.shard_map(check_vma=False)`, `lax.pmean` of the per-device gradients is
+  the gradient of the returned value. Under shard_map's default `check_vma=True` JAX has summed the gradient of
+  replicated parameters already: take it as it is. If you made them varying (`lax.pcast(..., to="varying")`), sum the
+  per-device gradients with `lax.psum`.
 
   Raises:
     TypeError: an input is not floating point, or the temperature is not a number.
@@ -70,7 +73,7 @@ def nt_xent(
     return jax.nn.logsumexp(similarity) - z @ positive / temperature
 
   anchors = jnp.concatenate([z1, z2]), jnp.concatenate([z2, z1]), jnp.concatenate([image, image + n_global])
-  loss = jnp.mean(_by_rows(cross_entropy, anchors, block_size))
+  loss = jnp.mean(_by_rows(cross_entropy, anchors, 2 * n_global, block_size))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 
@@ -91,13 +94,14 @@ def info_nce(
       {\exp(\langle q_i, k_i \rangle / \tau) + \sum_j \exp(\langle q_i, n_j \rangle / \tau)}
 
   Args:
-    query: float [N, d], of any norm. A zero vector normalises to zero.
-    key: float [N, d], of any norm: row i is the positive of row i of `query`. Takes no gradient.
+    query: float [N, d]. Any norm from 1e-6 up is scaled to one; a zero vector stays zero.
+    key: float [N, d], scaled likewise: row i is the positive of row i of `query`. Takes no gradient.
     queue: float [K, d], the negatives, unit rows that are used as they are, the same on every device. Takes no
       gradient. None: the negatives of a query are the other keys of the (global) batch.
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split.
-    block_size: how many queries' similarities exist at once; the others are recomputed in the backward pass.
+    block_size: how many queries' similarities exist at once; the others are recomputed in the backward pass. None: all
+      while they are small, blocks beyond.
 
   Returns:
     float32 scalar (float64 for float64 inputs), the mean over the global batch, the same on every device. Uniform
@@ -134,14 +138,17 @@ def info_nce(
       similarity = jnp.concatenate([own[None], similarity])
     return jax.nn.logsumexp(similarity) - own
 
-  loss = jnp.mean(_by_rows(cross_entropy, (query, key), block_size))
+  loss = jnp.mean(_by_rows(cross_entropy, (query, key), candidates.shape[0], block_size))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 
-def _by_rows(function, rows, block_size):
+def _by_rows(function, rows, columns, block_size):
   """Maps `function` over rows, all at once or `block_size` at a time with recomputation in the backward pass."""
+  n = rows[0].shape[0]
+  if block_size is None:
+    block_size = n if n * columns <= _ALL_AT_ONCE else max(1, _BLOCK // columns)
   with jax.default_matmul_precision("highest"):
-    if block_size is None:
+    if block_size >= n:
       return jax.vmap(function)(rows)
     return lax.map(jax.checkpoint(function), rows, batch_size=block_size)
 
@@ -164,7 +171,7 @@ def _check_pair(name1, x1, name2, x2):
 def _check_temperature(temperature):
   if isinstance(temperature, jax.core.Tracer):
     return
-  if isinstance(temperature, bool | str) or jnp.ndim(temperature) != 0:
+  if temperature is None or isinstance(temperature, bool | str | complex) or jnp.ndim(temperature) != 0:
     raise TypeError(f"temperature must be a positive number, got {temperature!r}.")
   temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
   if not (math.isfinite(temperature) and temperature > 0):

@@ -106,7 +106,7 @@ def _check_logits(name, x, ndim):
 def _check_temperature(name, temperature):
   if isinstance(temperature, jax.core.Tracer):
     return
-  if isinstance(temperature, bool | str) or jnp.ndim(temperature) != 0:
+  if temperature is None or isinstance(temperature, bool | str | complex) or jnp.ndim(temperature) != 0:
     raise TypeError(f"{name} must be a positive number, got {temperature!r}.")
   temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
   if not (math.isfinite(temperature) and temperature > 0):

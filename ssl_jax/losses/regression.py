@@ -12,7 +12,8 @@ def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
       = \frac{1}{N} \sum_i 2 - 2 \langle \bar p_i, \bar z_i \rangle
 
   Args:
-    prediction: float [..., d], the online network's prediction, of any norm. A zero vector normalises to zero.
+    prediction: float [..., d], the online network's prediction. Any norm from 1e-6 up is scaled to one; a zero vector
+      stays zero.
     target: float [..., d], the target network's projection of the other view. Takes no gradient.
 
   Returns:

@@ -1,0 +1,138 @@
+"""What holds for every method: the same numbers on any number of devices, one compilation, an exact resume."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from ssl_jax import data, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+METHODS = ["quickstart", "moco_quickstart", "byol_quickstart", "mae_quickstart", "dino_quickstart", "moco_imagenet:v3"]
+
+
+def small(name):
+  """The method's recipe on 32 grey images of 16 pixels, narrow, with SGD: Adam turns rounding into whole steps."""
+  file, _, version = name.partition(":")
+  spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(*([version] if version else []))
+  largest = max(view["size"] for view in config.views)
+  keep = ("scale", "flip", "jitter", "jitter_p")
+  config.views = tuple(
+    {"size": 16 if view["size"] == largest else 8} | {k: view[k] for k in keep if k in view} for view in config.views
+  )
+  if config.encoder.name.startswith("resnet"):
+    config.encoder = dict(name="resnet", stages=(1,), width=0.125, stem="patch", features="flat")
+    config.encoder.features = "pooled" if "dino" in name else "flat"
+  else:
+    config.encoder = dict(name="vit", patch_size=4, dim=12, depth=1, heads=3, features="mean")
+  for key, value in dict(bn_group_size=2, queue_size=24, hidden=16, features=8).items():
+    if key in config.method:
+      config.method[key] = value
+  if "head" in config.method:
+    config.method.head.update(hidden=16, bottleneck=8, prototypes=32)
+  if "decoder" in config.method:
+    config.method.decoder.update(dim=12, depth=1, heads=3)
+  config.data.channels, config.dtype, config.batch_size, config.steps = 1, "float32", 8, 8
+  config.eval_view.update(resize=None, size=None, mean=(), std=())
+  config.optimizer = dict(name="sgd", momentum=0.9)
+  config.lr = dict(base=0.05, scaling="none", warmup_epochs=0.0, end=0.0)
+  config.no_decay = ()
+  config.log_every_steps = config.eval_every_epochs = 1
+  config.checkpoint_every_steps = 100
+  return config
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+  images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 1), dtype=np.uint8)
+  labels = np.arange(32, dtype=np.int32) % 2
+  monkeypatch.setattr(train, "load", lambda config, split: data.Dataset(images, labels, 2, "random", split))
+
+
+def steps_on(config, mesh, monkeypatch, n=3):
+  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh)
+  plan = train.make_plan(config)
+  state, rows = plan.init(), []
+  for step in range(n):
+    batch = {"image": plan.train_set.images[step * 8 : step * 8 + 8]}
+    state, row = plan.train_step(state, train.parallel.put_batch(mesh, batch))
+    rows.append(jax.device_get(row))
+  assert plan.train_step._cache_size() == 1  # C135
+  return jax.device_get(state), rows
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_number_of_devices_gives_the_same_steps(name, mesh, monkeypatch):  # C01, C03, C48
+  want, want_rows = steps_on(small(name), mesh(1), monkeypatch)
+  for devices in (2, 4):
+    got, rows = steps_on(small(name), mesh(devices), monkeypatch)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+      scale = max(float(np.max(np.abs(y))), 1e-3)
+      np.testing.assert_allclose(
+        x, y, rtol=0, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path)
+      )  # float32 sums in another order, through three steps of batch norms over 8 images
+    for a, b in zip(rows, want_rows, strict=True):
+      np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS[1:])
+def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):  # C30, C32, C38
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+  monkeypatch.setattr(train.parallel, "make_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",)))
+  for workdir, stops in (("whole", [None]), ("stopped", [3, 5, None])):
+    for stop in stops:
+      config = small(name)
+      config.stop_after_steps = stop
+      assert train.main(config, tmp_path / workdir) == 0
+  jax.config.update("jax_compilation_cache_dir", None)
+  a, b = (
+    ocp.PyTreeCheckpointer().restore(tmp_path / workdir / "checkpoints" / "8" / "state")
+    for workdir in ("whole", "stopped")
+  )
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+  rows = [
+    [
+      {k: v for k, v in row.items() if k != "images_per_second"}
+      for row in metrics.read_rows(tmp_path / w / "metrics.jsonl")
+    ]
+    for w in ("whole", "stopped")
+  ]
+  training = [[row for row in table if "loss" in row] for table in rows]
+  assert training[0] == training[1] and len(training[0]) == 8
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_encoders_output_does_not_depend_on_batch_mates(name, mesh, monkeypatch):
+  config = small(name)
+  state, _ = steps_on(config, mesh(1), monkeypatch, n=1)
+  module = train.methods.find(config.method.name)
+  variables = module.from_config(config, 8, 4).encoder(state.params, state.state)
+  encoder = module.make_encoder(config)
+  images = np.random.default_rng(1).uniform(size=(4, 16, 16, 1)).astype(np.float32)
+  together = encoder.apply(variables, images, train=False)
+  for i in range(4):
+    np.testing.assert_allclose(encoder.apply(variables, images[i : i + 1], train=False)[0], together[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_slow_copies_are_arrays_of_their_own(name, mesh, monkeypatch):  # C116: donated state must not alias
+  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(1))
+  state = train.make_plan(small(name)).init()
+  places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+  assert len(set(places)) == len(places)
+
+
+def test_a_uniform_teacher_and_a_single_prototype_are_told():  # C54, C56
+  uniform = {"step": 5, "feature_std": 1.0, "teacher_entropy": 0.999, "marginal_entropy": 1.0}
+  assert "uniform" in metrics.collapse_warning(uniform)
+  one = {"step": 5, "feature_std": 1.0, "teacher_entropy": 0.01, "marginal_entropy": 0.02}
+  assert "collapsed" in metrics.collapse_warning(one)
+  assert metrics.collapse_warning({**one, "teacher_entropy": 0.4, "marginal_entropy": 0.7}) is None

@@ -1,0 +1,159 @@
+"""The ViT, MAE's decoder and DINO's head against the official models' outputs, by their own weights."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from named_weights import named_images
+from trajectories import error, named_variables
+
+from ssl_jax import convert
+from ssl_jax.losses import mae_loss, patchify
+from ssl_jax.methods import mae
+from ssl_jax.models import heads, vit
+from ssl_jax.models.mae import MAEDecoder
+
+ONE = jax.random.key(0)
+
+
+def load(model):
+  shape = jnp.zeros((1, model.image_size, model.image_size, 3))
+  shapes = jax.eval_shape(lambda: model.init(ONE, shape, train=False))
+  return named_variables(shapes, "", {}, jnp.float32)
+
+
+@pytest.fixture
+def tiny(golden):
+  g = golden("dino_vit")
+  model = vit.ViT(patch_size=8, dim=48, depth=3, heads=3, image_size=32)
+  shapes = jax.eval_shape(lambda: model.init(ONE, jnp.zeros((1, 32, 32, 3)), train=False))
+  return model, convert.from_torch({k[2:]: g[k] for k in g.files if k.startswith("w/")}, shapes), g
+
+
+@pytest.mark.parametrize("size", [32, 48, 24])
+def test_positions_are_interpolated_as_in_the_official_dino(tiny, size):
+  model, variables, g = tiny
+  assert error(model.apply(variables, g[f"images{size}"], train=False), g[f"cls{size}"]) < 1e-5
+
+
+def test_tokens_and_attention_on_request(tiny):
+  model, variables, g = tiny
+  assert error(model.apply(variables, g["images32"], method="tokens"), g["tokens32"]) < 1e-5
+  for size in (32, 48):
+    attention = model.apply(variables, g[f"images{size}"], method="attention")
+    assert error(attention, g[f"attention{size}"]) < 1e-5
+    np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+
+
+def test_official_dino_vit_small16(golden):
+  g, name, model = golden("official_models"), "dino_vit_small16/", vit.vit_small(patch_size=16)
+  variables = load(model)
+  large, small = named_images(f"{name}images224", (2, 224, 224, 3)), named_images(f"{name}images96", (2, 96, 96, 3))
+  assert error(model.apply(variables, large, train=False), g[f"{name}cls224"]) < 1e-4
+  assert error(model.apply(variables, small, train=False), g[f"{name}cls96"]) < 1e-4
+  assert error(model.apply(variables, small, method="attention"), g[f"{name}attention96"]) < 1e-4
+  wide = named_images(f"{name}images_rect", (1, 224, 320, 3))
+  assert error(model.apply(variables, wide, train=False), g[f"{name}cls_224x320"]) < 1e-4
+  last = model.apply(variables, large, 4, method="last_blocks")
+  assert error(jnp.concatenate([x[:, 0] for x in last], axis=-1), g[f"{name}last4_cls224"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+  "name, model, images, key",
+  [
+    ("dino_vit_small8", vit.vit_small(patch_size=8), "images96", "cls96"),
+    ("dino_vit_base16", vit.vit_base(patch_size=16), "images224", "cls224"),
+    ("timm_vit_small_patch16_224", vit.vit_small(patch_size=16), "images", "features"),
+    ("timm_vit_base_patch16_224.mae", vit.vit_base(patch_size=16), "images", "features"),
+    ("moco_v3_vit_small", vit.vit_small(patch_size=16, heads=12, positions="row_first"), "images", "features"),
+  ],
+)
+def test_official_vits(golden, name, model, images, key):
+  g, side = golden("official_models"), 96 if images == "images96" else 224
+  drawn = named_images(f"{name}/{images}", (2, side, side, 3))
+  assert error(model.apply(load(model), drawn, train=False), g[f"{name}/{key}"]) < 1e-4
+
+
+def test_official_mae_vit_base(golden):
+  g, name = golden("official_models"), "mae_vit_base_patch16/"
+  encoder, decoder = vit.vit_base(patch_size=16, positions="column_first"), MAEDecoder(768)
+  shapes, _ = jax.eval_shape(mae.mae(encoder, decoder).init, ONE, (jnp.zeros((1, 1, 224, 224, 3)),))
+  params = named_variables({"params": shapes}, "", {r"^(encoder|decoder)\.": ""}, jnp.float32)["params"]
+  images = named_images(f"{name}images", (2, 224, 224, 3))
+  visible, mask, restore = mae.mask_from_noise(jnp.asarray(named_images(f"{name}noise", (2, 196))), 49)
+  tokens = encoder.apply({"params": params["encoder"]}, images, keep=visible, method="tokens")
+  prediction = decoder.apply({"params": params["decoder"]}, tokens, restore, (14, 14))
+  np.testing.assert_array_equal(mask, g[f"{name}mask"])
+  assert error(tokens[:, :5], g[f"{name}latent"]) < 1e-4 and error(prediction[:, :8], g[f"{name}pred"]) < 1e-4
+  for normalize in (True, False):
+    loss = mae_loss(prediction, patchify(jnp.asarray(images), 16), mask, normalize_target=normalize)
+    np.testing.assert_allclose(loss, g[f"{name}loss_norm_pix_{normalize}"], rtol=1e-5)
+
+
+def test_fixed_positions_are_the_official_ones_in_both_orders(golden):
+  g = golden("official_models")
+  columns, rows = (vit.sincos_positions(14, 14, dim, row_first)[0] for dim, row_first in ((768, False), (384, True)))
+  np.testing.assert_allclose(columns[:20], g["mae_vit_base_patch16/pos_embed"], atol=1e-6)
+  np.testing.assert_allclose(rows[:20], g["moco_v3_vit_small/pos_embed"], atol=1e-6)
+
+
+def test_dinos_head_is_the_official_one(golden):
+  g = golden("dino_head")
+  head = heads.DINOHead(hidden=64, bottleneck=24, prototypes=96)
+  shapes = jax.eval_shape(lambda: head.init(ONE, jnp.zeros((1, 48))))
+  weights = {k[2:]: g[k] for k in g.files if k.startswith("w/")}
+  assert error(head.apply(convert.from_torch(weights, shapes), g["x"]), g["y"]) < 1e-5
+  head, g = heads.DINOHead(prototypes=8192), golden("official_models")
+  shapes = jax.eval_shape(lambda: head.init(ONE, jnp.zeros((1, 384))))
+  variables = named_variables(shapes, "", {}, jnp.float32)
+  assert error(head.apply(variables, named_images("dino_head/x", (4, 384))), g["dino_head384_8192/y"]) < 1e-4
+
+
+def test_dropped_branches_are_a_function_of_the_uniforms():
+  model = vit.ViT(patch_size=4, dim=12, depth=3, heads=3, image_size=8, drop_path=0.5)
+  images = jax.random.normal(ONE, (4, 8, 8, 3))
+  variables = model.init(ONE, images, train=False)
+  whole = model.apply(variables, images, train=True)
+  drop = model.apply(variables, images, train=True, uniforms=jnp.zeros((3, 2, 4)))
+  keep = jnp.ones((3, 2, 4)) - 1e-6
+  assert not np.allclose(whole, drop)
+  # All kept: each branch counts 1 / (1 - rate) times; the first block has rate 0 and the last 0.5.
+  assert not np.allclose(whole, model.apply(variables, images, train=True, uniforms=keep))
+  np.testing.assert_array_equal(vit.drop_mask(jnp.array([0.0, 0.49, 0.5, 0.99]), 0.5)[:, 0, 0], [0, 0, 2, 2])
+  one = model.apply(variables, images[:1], train=True, uniforms=keep[..., :1])
+  np.testing.assert_allclose(one, model.apply(variables, images, train=True, uniforms=keep)[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_initialisation_is_each_papers():
+  key, d = jax.random.key(1), 192
+  fused = nn_bound(vit.nn.initializers.xavier_uniform()(key, (d, 3 * d)))
+  apart = nn_bound(vit.qkv_xavier(key, (d, 3 * d)))
+  patch = nn_bound(vit.patch_xavier(key, (16, 16, 3, d)))
+  np.testing.assert_allclose(
+    [fused, apart, patch], [math.sqrt(6 / (4 * d)), math.sqrt(6 / (2 * d)), math.sqrt(6 / (768 + d))], rtol=1e-3
+  )
+
+
+def nn_bound(x):
+  return float(jnp.max(jnp.abs(x)))
+
+
+def test_images_that_do_not_cut_into_patches_are_refused():  # C119
+  model = vit.ViT(patch_size=16, dim=12, depth=1, heads=3, image_size=32)
+  with pytest.raises(ValueError, match="100x100 do not cut into patches of 16"):
+    model.init(ONE, jnp.zeros((1, 100, 100, 3)), train=False)
+  alone = mae.mae(vit.ViT(patch_size=16, dim=12, depth=1, heads=3, positions="row_first"), MAEDecoder(768, 12, 1, 3))
+  with pytest.raises(ValueError, match="more than one patch"):
+    alone.init(ONE, (jnp.zeros((1, 1, 16, 16, 3)),))
+
+
+def test_a_frozen_patch_embedding_takes_no_gradient():
+  shape = dict(patch_size=4, dim=12, depth=1, heads=3, image_size=8)
+  images = jax.random.normal(ONE, (2, 8, 8, 3))
+  for frozen in (True, False):
+    model = vit.ViT(**shape, frozen_patch_embed=frozen)
+    variables = model.init(ONE, images, train=False)
+    grads = jax.grad(lambda v, m=model: jnp.sum(m.apply(v, images, train=True) ** 3))(variables)["params"]
+    assert bool(np.any(grads["patch_embed"]["proj"]["kernel"])) != frozen
