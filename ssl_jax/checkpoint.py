@@ -34,7 +34,8 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any], knn_top1: float | None) -> None:
   """Starts saving; the arrays are copied before this returns, so that the next step may overwrite them."""
-  marked = {**state, "fingerprint": {name: fingerprint(part) for name, part in state.items()}}
+  parts = _with_arrays(state)
+  marked = {**parts, "fingerprint": {name: fingerprint(part) for name, part in parts.items()}}
   items = ocp.args.Composite(state=ocp.args.StandardSave(marked))
   saver.save(step, args=items, metrics=None if knn_top1 is None else {"knn_top1": knn_top1}, force=True)
 
@@ -92,9 +93,9 @@ def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[s
     Exception: of many kinds, by Orbax and TensorStore, for files that are damaged or missing.
     ValueError: an array has another shape or type, or not the bits that were saved.
   """
-  sharding = jax.tree.leaves(abstract)[0].sharding
-  mark = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding)
-  marked = {**abstract, "fingerprint": dict.fromkeys(abstract, mark)}
+  parts = _with_arrays(abstract)
+  mark = jax.ShapeDtypeStruct((), jnp.uint32, sharding=jax.tree.leaves(parts)[0].sharding)
+  marked = {**parts, "fingerprint": dict.fromkeys(parts, mark)}
   restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), marked)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     state = reader.restore(
@@ -108,7 +109,12 @@ def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[s
   changed = [name for name, part in state.items() if fingerprint(part) != marks[name]]
   if changed:
     raise ValueError(f"the bits of {', '.join(changed)} are not those that were saved")
-  return state
+  return abstract | state
+
+
+def _with_arrays(state):
+  """The parts that hold arrays: Orbax does not restore an empty one, such as MAE's state."""
+  return {name: part for name, part in state.items() if jax.tree.leaves(part)}
 
 
 def first_line(error: Exception) -> str:

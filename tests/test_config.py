@@ -74,7 +74,14 @@ def shrink(config):
   return config
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(path, marks=pytest.mark.slow) if "cifar10" in path.stem and "simclr" not in path.stem else path
+    for path in RECIPES
+  ],
+  ids=[path.stem for path in RECIPES],
+)
 def test_every_recipe_builds_and_takes_a_step(path, monkeypatch):
   config = shrink(recipe(path))
   channels = config.data.channels

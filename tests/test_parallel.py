@@ -129,7 +129,7 @@ def assert_trained_alike(got, want, metrics, state):
     np.testing.assert_allclose(a, b, rtol=0, atol=state * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_training_is_the_same_on_any_number_of_devices(devices):
   one = trained("compile_step", 1)
   assert np.ptp([row["loss"] for row in one[0]]) > 0.01  # it moves
@@ -137,7 +137,7 @@ def test_training_is_the_same_on_any_number_of_devices(devices):
   assert_trained_alike(trained("compile_step", devices), one, metrics=5e-6, state=3e-5)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_pmap_trains_to_the_same_numbers(devices):
   # Bit for bit here: pmap is the same program.
   assert_trained_alike(trained("pmap", devices), trained("compile_step", devices), metrics=1e-6, state=1e-6)

@@ -44,7 +44,8 @@ def assert_near_largest(got, want, rtol):
   ("dtype", "steps", "loss_rtol"),
   [
     ("float64", 6, 1e-5),  # what the file was run in
-    ("float32", 3, 1e-3),  # steps enlarge its rounding: PyTorch's own differs by up to 1e-4 after six
+    # Steps enlarge its rounding: PyTorch's own differs by up to 1e-4 after six.
+    pytest.param("float32", 3, 1e-3, marks=pytest.mark.slow),
   ],
 )
 def test_lars_steps_and_the_features_after_six_are_the_pytorch_references(optimised, golden, dtype, steps, loss_rtol):

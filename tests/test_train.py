@@ -222,7 +222,10 @@ def test_damaged_and_unfinished_checkpoints_are_skipped_with_a_word(unbroken, ca
   assert_same_run(workdir, unbroken[0])
 
 
-@pytest.mark.parametrize("kind", ["half", "flipped", "gone"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["half", pytest.param("flipped", marks=SLOW), pytest.param("gone", marks=SLOW)])
 def test_whatever_is_damaged_is_found_or_did_not_matter(unbroken, tmp_path, kind):
   folder, abstract = unbroken[0] / "checkpoints", abstract_state(configs_of(unbroken[0]))
   good = checkpoint.restore(folder, 20, abstract)
@@ -275,7 +278,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_overwritten(unbroken, cache,
   assert checksums(workdir) == before
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), 4])
 def test_more_devices_give_the_same_run_and_read_its_checkpoints(unbroken, cache, tmp_path, devices):
   workdir = tmp_path / "run"
   finish(start(cache, "train.py", workdir, devices=1, stop_after_steps=8))

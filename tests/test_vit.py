@@ -18,6 +18,10 @@ from ssl_jax.models.mae import MAEDecoder
 ONE = jax.random.key(0)
 
 
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def load(model):
   shape = jnp.zeros((1, model.image_size, model.image_size, 3))
   shapes = jax.eval_shape(lambda: model.init(ONE, shape, train=False))
@@ -63,11 +67,11 @@ def test_official_dino_vit_small16(golden):
 @pytest.mark.parametrize(
   "name, model, images, key",
   [
-    ("dino_vit_small8", vit.vit_small(patch_size=8), "images96", "cls96"),
-    ("dino_vit_base16", vit.vit_base(patch_size=16), "images224", "cls224"),
-    ("timm_vit_small_patch16_224", vit.vit_small(patch_size=16), "images", "features"),
-    ("timm_vit_base_patch16_224.mae", vit.vit_base(patch_size=16), "images", "features"),
     ("moco_v3_vit_small", vit.vit_small(patch_size=16, heads=12, positions="row_first"), "images", "features"),
+    slow("dino_vit_small8", vit.vit_small(patch_size=8), "images96", "cls96"),
+    slow("dino_vit_base16", vit.vit_base(patch_size=16), "images224", "cls224"),
+    slow("timm_vit_small_patch16_224", vit.vit_small(patch_size=16), "images", "features"),
+    slow("timm_vit_base_patch16_224.mae", vit.vit_base(patch_size=16), "images", "features"),
   ],
 )
 def test_official_vits(golden, name, model, images, key):
