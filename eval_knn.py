@@ -49,6 +49,8 @@ def main() -> int:
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
   extractor = evaluate.make_extractor(restored.encoder, configs.eval_view(config), mesh)
   bank_features = evaluate.features(extractor, restored.variables, bank.images, batch_size, mesh)
+  if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
+    say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
   query_features = (
     bank_features if same else evaluate.features(extractor, restored.variables, queries.images, batch_size, mesh)
@@ -69,6 +71,8 @@ def main() -> int:
 
 def load(config, split: str) -> data.Dataset:
   """A labelled split of the data set that the flags or the run name."""
+  if not split:
+    raise UserError("the run has no test split: name one by --test_split.")
   channels = config.data.channels
   if FOLDER.value or (config.data.folder and not DATA.value):
     loaded = data.load_folder(FOLDER.value or config.data.folder, split, channels=channels)

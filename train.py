@@ -101,7 +101,9 @@ def make_plan(config) -> Plan:
   mesh = parallel.make_mesh()
   train_set = load(config, config.data.split)
   configs.check(config, images=len(train_set.images), devices=mesh.size)
-  test_set = load(config, config.data.test_split) if train_set.num_classes and config.data.test_split else None
+  test_set = load_test_set(config) if train_set.num_classes else None
+  if test_set and min(train_set.labels.min(), test_set.labels.min()) < 0:
+    test_set = None  # some images have no label
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set.images))
   learning_rate = optim.schedule_from_config(config, steps, steps_per_epoch)
   optimizer = optim.from_config(config, learning_rate, steps, steps_per_epoch)
@@ -134,6 +136,8 @@ def main(config, workdir: pathlib.Path) -> int:
   plan = make_plan(config)
   folder = workdir / "checkpoints"
   if checkpoint.steps(folder):
+    if not (workdir / "config.json").is_file():
+      raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
     configs.check_same(config, json.loads((workdir / "config.json").read_text()))
   restored = checkpoint.restore_newest(folder, plan.state._asdict(), say)
   start = restored[0] if restored else 0
@@ -256,6 +260,14 @@ def load(config, split: str) -> data.Dataset:
   return data.load(config.data.name, split, data_dir=config.data.data_dir, channels=config.data.channels)
 
 
+def load_test_set(config) -> data.Dataset | None:
+  """The labelled images that the online k-NN classifies; None where there are none."""
+  folder, split = config.data.folder, config.data.test_split
+  if not split or (folder and not (pathlib.Path(folder).expanduser() / split).is_dir()):
+    return None
+  return load(config, split)
+
+
 def local_indices(config, images: int, step: int) -> np.ndarray:
   """This process's examples of a step."""
   here = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -279,10 +291,11 @@ def summary(config, rows: list[dict]) -> list[str]:
   figures = {
     "encoder": last["knn_top1"],
     "encoder, untrained": first["knn_top1"],
-    "raw pixels": first["pixels_top1"],
-    "pixels, centred": first["pixels_centred_top1"],
-    "pixels, standardised": first["pixels_standardised_top1"],
+    "raw pixels": first.get("pixels_top1"),
+    "pixels, centred": first.get("pixels_centred_top1"),
+    "pixels, standardised": first.get("pixels_standardised_top1"),
   }
+  figures = {name: value for name, value in figures.items() if value is not None}  # large images have no pixel lines
   title = f"k-NN top-1 (cosine, k={config.knn.k}, T={config.knn.temperature:g}) on {config.data.test_split}:"
   return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items())]
 

@@ -3,7 +3,8 @@
   python train.py --config=configs/byol_imagenet.py:300 --config.data.data_dir=D     40, 100, 300 or 1000 epochs
 
 Published, linear evaluation: 72.5 % at 300 epochs, 74.3 % at 1000. Views are torchvision's; the official ones are
-TensorFlow's (additive brightness, contrast by channel). Only data sets whose images have one size are read yet.
+TensorFlow's (additive brightness, contrast by channel), and the ResNet pads as torchvision's, not as haiku's. Only data
+sets of one image size that fit in 4 GiB are read yet.
 """
 
 from ssl_jax import config as configs
@@ -15,6 +16,8 @@ PRESETS = {40: (0.45, 1e-6, 0.97), 100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.9
 
 def get_config(epochs="1000"):
   config = configs.base()
+  if epochs not in map(str, PRESETS):
+    raise ValueError(f"configs/byol_imagenet.py knows {', '.join(map(str, PRESETS))} epochs, got {epochs!r}.")
   config.epochs = int(epochs)
   base, weight_decay, momentum = PRESETS[config.epochs]
   config.batch_size = 4096

@@ -23,7 +23,7 @@ def get_config():
   view |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   config.views = (view, {**view, "solarize_p": 0.2})
   config.eval_view.mean, config.eval_view.std = view["mean"], view["std"]
-  config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=5e-4, clip=3.0)
+  config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=5e-4)
   config.lr = dict(base=0.06, scaling="none", warmup_epochs=0.0, end=0.0, by_epoch=True)
   config.no_decay = (r".*/bias", r".*/scale")
   config.frozen = (r"head/last_layer/weight_g",)

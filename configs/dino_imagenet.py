@@ -4,7 +4,7 @@
   python train.py --config=configs/dino_imagenet.py:boost --config.data.data_dir=D      300 epochs, batch 1024
   python train.py --config=configs/dino_imagenet.py:vit_base --config.data.data_dir=D   ViT-B/16, 400 epochs
 
-Published, k-NN: 69.3 %, 73.3 % and 76.1 %. Only data sets whose images have one size are read yet.
+Published, k-NN: 69.3 %, 73.3 % and 76.1 %. Only data sets of one image size that fit in 4 GiB are read yet.
 """
 
 from ssl_jax import config as configs
@@ -36,6 +36,8 @@ def get_config(version="vanilla"):
   config.frozen = (r"head/last_layer/weight_g",)
   config.late = (r"head/last_layer/weight_v",)  # not trained in the first epoch
   config.late_epochs = 1
+  if version not in ("vanilla", "boost", "vit_base"):
+    raise ValueError(f"configs/dino_imagenet.py knows vanilla, boost and vit_base, got {version!r}.")
   if version != "vanilla":
     config.method.update(teacher_temperature=0.07, teacher_temperature_warmup_epochs=30)
   if version == "boost":

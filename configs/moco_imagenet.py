@@ -7,7 +7,7 @@ evaluation: 60.8 % and 67.5 %. v3 (arXiv:2104.02057): ResNet-50, 100 epochs, bat
 with 12 heads, 300 epochs, AdamW, 73.2 %.
 
 The learning rate of v1 and v2 is not scaled with the batch. In v1's official transform gray comes before the jitter and
-the jitter is never left out; here it comes after. Only data sets whose images have one size are read yet.
+the jitter is never left out; here it comes after. Only data sets of one image size that fit in 4 GiB are read yet.
 """
 
 from ssl_jax import config as configs

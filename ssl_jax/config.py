@@ -13,7 +13,7 @@ from ssl_jax.errors import UserError
 
 # What may change between the runs of one workdir: none of it changes a number of the training.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
-FREE_PREFIXES = ("data.data_dir", "data.test_split", "knn.", "eval_view.")
+FREE_PREFIXES = ("data.data_dir", "knn.", "eval_view.")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -97,14 +97,16 @@ def check(config: Any, *, images: int, devices: int) -> None:
     )
   _check_divides("batch_size", config.batch_size, devices, f"the {devices} devices")
   if config.microbatch is not None:
+    if config.method.name != "simclr":
+      raise UserError(f"microbatch is there for simclr only, yet: method {config.method.name} takes the whole batch.")
     _check_divides("microbatch", config.microbatch, devices, f"the {devices} devices")
     if config.batch_size % config.microbatch:
       raise UserError(f"batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}.")
   for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints"):
     if config[key] < 1:
       raise UserError(f"{key} must be at least 1, got {config[key]}.")
-  if config.dtype not in ("float32", "bfloat16", "float16"):
-    raise UserError(f"dtype must be float32, bfloat16 or float16, got {config.dtype!r}.")
+  if config.dtype not in ("float32", "bfloat16"):
+    raise UserError(f"dtype must be float32 or bfloat16, got {config.dtype!r}.")
   for key in ("steps", "stop_after_steps", "epochs"):
     if config[key] is not None and config[key] < 1:
       raise UserError(f"{key} must be at least 1, got {config[key]}.")

@@ -45,7 +45,7 @@ def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
   monitors = {
     "feature_std": jnp.mean(jnp.std(first, axis=0)) * math.sqrt(z.shape[-1]),
     "effective_rank": jnp.square(jnp.trace(covariance)) / jnp.maximum(jnp.sum(jnp.square(covariance)), 1e-12),
-    "uniformity": jnp.log(jnp.sum(pairs) / max(n * (n - 1), 1)),
+    "uniformity": jnp.log(jnp.sum(pairs) / (n * (n - 1))) if n > 1 else jnp.float32(0),
   }
   if z.shape[1] > 1:
     monitors["alignment"] = jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), axis=-1))

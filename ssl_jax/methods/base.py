@@ -1,4 +1,4 @@
-"""The contract of a method: five pure functions that a training step calls in this order."""
+"""The contract of a method: pure functions, in the order in which a training step calls them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +14,8 @@ class Aux(NamedTuple):
   Attributes:
     metrics: scalars by name, averaged. "loss" is the paper's loss.
     averages: pytree, averaged: batch statistics.
-    examples: pytree of [b, ...] arrays, concatenated. "embedding" [b, 2, d], unit rows of two views of each example,
-      feeds the collapse monitors.
+    examples: pytree of [b, ...] arrays, concatenated. "embedding" [b, v, d], of one or two views of each example and of
+      any norm, feeds the collapse monitors.
   """
 
   metrics: dict[str, jax.Array]

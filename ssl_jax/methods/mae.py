@@ -3,6 +3,7 @@
 Official code: facebookresearch/mae, main_pretrain.py and models_mae.py.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -89,7 +90,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
 
   def chance(batch_size):
     del batch_size
-    return 1.0  # what the mean of a normalised patch leaves
+    return 1.0 if normalize_target else math.nan  # what the mean of a normalised patch leaves; else the data's variance
 
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
 

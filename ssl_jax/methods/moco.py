@@ -251,5 +251,5 @@ def make_encoder(config: Any) -> nn.Module:
     return models.make(config, resnet=dict(bn_group_size=config.method.bn_group_size))
   xavier = nn.initializers.xavier_uniform()
   vit = dict(positions="row_first", kernel_init=xavier, qkv_init=models.vit.qkv_xavier, frozen_patch_embed=True)
-  vit |= dict(patch_init=models.vit.patch_xavier, token_init=nn.initializers.normal(1e-6))
+  vit |= dict(patch_bias=False, patch_init=models.vit.patch_xavier, token_init=nn.initializers.normal(1e-6))
   return models.make(config, axis_name=AXIS, resnet=dict(last_scale_init=nn.initializers.zeros), vit=vit)

@@ -38,7 +38,8 @@ class ViT(nn.Module):
     positions: "learned", or fixed sines and cosines: "row_first" (MoCo v3) or "column_first" (MAE).
     drop_path: rate in the last block, rising linearly from 0 in the first.
     kernel_init, qkv_init: of the linear layers, and of the fused query, key and value matrix [dim, 3 dim].
-    patch_init: of the patch embedding [p, p, C, dim]; its bias keeps PyTorch's default, uniform in +-1 / sqrt(p p C).
+    patch_init: of the patch embedding [p, p, C, dim].
+    patch_bias: whether its bias starts uniform in +-1 / sqrt(p p C), PyTorch's default (DINO, MAE), or at 0 (MoCo v3).
     token_init: of the class token.
     frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
     features: see above.
@@ -56,6 +57,7 @@ class ViT(nn.Module):
   kernel_init: nn.initializers.Initializer = normal_02
   qkv_init: nn.initializers.Initializer = normal_02
   patch_init: nn.initializers.Initializer = torch_uniform
+  patch_bias: bool = True
   token_init: nn.initializers.Initializer = normal_02
   frozen_patch_embed: bool = False
   features: str = "cls"
@@ -67,7 +69,7 @@ class ViT(nn.Module):
     if self.features not in ("cls", "mean", "flat"):
       raise ValueError(f"encoder.features must be cls, mean or flat, got {self.features!r}.")
     patch = (self.patch_size, self.patch_size)
-    self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.dtype)
+    self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.patch_bias, self.dtype)
     self.cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim))
     if self.positions == "learned":
       grid = self.image_size // self.patch_size
@@ -137,11 +139,13 @@ class PatchEmbed(nn.Module):
   dim: int
   patch: tuple[int, int]
   kernel_init: nn.initializers.Initializer
+  random_bias: bool
   dtype: Any
 
   @nn.compact
   def __call__(self, images):
-    bias_init = torch_bias(math.prod(self.patch) * images.shape[-1])
+    fan_in = math.prod(self.patch) * images.shape[-1]
+    bias_init = torch_bias(fan_in) if self.random_bias else nn.initializers.zeros
     init = dict(kernel_init=self.kernel_init, bias_init=bias_init)
     x = nn.Conv(self.dim, self.patch, self.patch, "VALID", dtype=self.dtype, name="proj", **init)(images)
     return rearrange(x, "b h w d -> b (h w) d")
@@ -186,8 +190,8 @@ class Attention(nn.Module):
     if weights_only:
       scores = jnp.einsum("bqhd,bkhd->bhqk", _wide(q), _wide(k)) / math.sqrt(dim // self.heads)
       return jax.nn.softmax(scores)
-    # cuDNN's fused kernel has to be asked for; it serves half precision only.
-    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    # cuDNN's fused kernel has to be asked for; it serves half precision and these widths of a head only.
+    fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
     out = rearrange(out, "b n h d -> b n (h d)")
     return nn.Dense(dim, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out)
