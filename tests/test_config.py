@@ -77,7 +77,7 @@ def shrink(config):
 @pytest.mark.parametrize(
   "path",
   [
-    pytest.param(path, marks=pytest.mark.slow) if "cifar10" in path.stem and "simclr" not in path.stem else path
+    pytest.param(path, marks=pytest.mark.slow) if "simclr" not in path.stem and "quick" not in path.stem else path
     for path in RECIPES
   ],
   ids=[path.stem for path in RECIPES],
