@@ -61,7 +61,7 @@ def test_moco_v2_is_the_official_codes(golden, dtype, losses, probes):
   assert error(network.apply(keys, probe, train=False), g["key_probe"]) < probes
 
 
-@pytest.mark.parametrize("dtype, losses, probes", PRECISIONS, ids=str)
+@pytest.mark.parametrize("dtype, losses, probes", [PRECISIONS[0], SLOW_PRECISIONS[1]], ids=str)
 def test_moco_v3_is_the_official_codes(golden, dtype, losses, probes):
   g, dtype = golden("moco_v3_trajectory"), jnp.dtype(dtype)
   shape = dict(patch_size=8, dim=48, depth=2, heads=3, image_size=32)
