@@ -1,4 +1,4 @@
-"""Trains an encoder without labels, on a CPU, a GPU box or a pod; the loop is this file, top to bottom.
+"""Trains an encoder without labels, on all devices of one host; the loop is this file, top to bottom.
 
   python train.py                                             SimCLR on the built-in images
   python train.py --config=configs/simclr_cifar10.py --workdir=runs/cifar --config.data.data_dir=D
