@@ -29,6 +29,8 @@ from ssl_jax.cli import listen_for_sigterm, run, say
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import AXIS, Method
 
+PICTURES = 8  # images that pictures are drawn of
+
 
 class TrainState(NamedTuple):
   """Everything that the next step depends on, and so everything in a checkpoint."""
@@ -94,6 +96,7 @@ class Plan(NamedTuple):
   state: TrainState  # shapes, types and shardings
   train_step: Callable
   extractor: Callable
+  painter: Callable | None  # None: the method has no pictures
 
 
 def make_plan(config) -> Plan:
@@ -122,11 +125,12 @@ def make_plan(config) -> Plan:
     train_step.trace(state, batch)
     extractor = evaluate.make_extractor(encoder, configs.eval_view(config), mesh)
     extractor.trace(method.encoder(state.params, state.state), batch["image"])
+    painter = evaluate.make_painter(method, configs.eval_view(config)) if method.pictures else None
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
   last_step = min(steps, config.stop_after_steps or steps)
   chance = method.chance(config.batch_size)
-  built = method, init, state, train_step, extractor
+  built = method, init, state, train_step, extractor, painter
   return Plan(mesh, train_set, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *built)
 
 
@@ -159,6 +163,7 @@ def main(config, workdir: pathlib.Path) -> int:
   ):
     if start == 0:
       evaluation(config, plan, writer, train, 0)
+      draw_pictures(config, plan, writer, train, 0, workdir)
     clock = metrics.Clock(start, config.batch_size)
     for step in range(start + 1, plan.last_step + 1):
       batch = {"image": plan.train_set.images[local_indices(config, len(plan.train_set.images), step - 1)]}
@@ -176,6 +181,8 @@ def main(config, workdir: pathlib.Path) -> int:
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.
         top1 = evaluation(config, plan, writer, train, step) if evaluates else None
+        if evaluates:
+          draw_pictures(config, plan, writer, train, step, workdir)
         if step == plan.last_step:
           metrics.draw_curves(workdir, plan.chance, f"{config.method.name}, {plan.train_set.name}")
         checkpoint.save(saver, step, train._asdict(), top1)
@@ -187,8 +194,9 @@ def main(config, workdir: pathlib.Path) -> int:
     return 143
   for line in summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
     say(line)
-  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png"):
-    say(f"wrote {workdir / name}")
+  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures"):
+    if (workdir / name).exists():
+      say(f"wrote {workdir / name}")
   return 0
 
 
@@ -226,6 +234,16 @@ def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, st
   writer.write(row)
   say(f"step {step}/{plan.steps}  k-NN top-1 {scores['top1']:.2f} %")
   return scores["top1"]
+
+
+def draw_pictures(config, plan: Plan, writer: metrics.Writer, train: TrainState, step: int, workdir) -> None:
+  """Writes pictures/<step>.png where the method has something to show."""
+  if plan.painter is None:
+    return
+  images = evaluate.thinned(plan.test_set or plan.train_set, PICTURES).images
+  drawn = jax.device_get(plan.painter(train.params, train.state, images))
+  path = workdir / "pictures" / f"{step:08d}.png"
+  writer.show("pictures", metrics.draw_pictures(path, drawn, f"{config.method.name}, step {step}"), step)
 
 
 def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, waiting: list, train: TrainState) -> None:

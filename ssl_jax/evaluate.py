@@ -17,6 +17,7 @@ from ssl_jax import augment, checkpoint, knn, methods, parallel
 from ssl_jax import config as configs
 from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Method
 
 
 def make_extractor(encoder: nn.Module, view: augment.EvaluationView, mesh: Mesh) -> Callable:
@@ -36,6 +37,22 @@ def features(extractor: Callable, variables: Any, images: np.ndarray, batch_size
     filled = np.concatenate([part, np.repeat(part[:1], batch_size - len(part), axis=0)])
     out.append(np.asarray(extractor(variables, parallel.put_batch(mesh, filled)))[: len(part)])
   return np.concatenate(out)
+
+
+def make_painter(method: Method, view: augment.EvaluationView) -> Callable:
+  """Compiles (params, state, uint8 images [n, H, W, C]) -> the method's pictures, images back in [0, 1].
+
+  The same images get the same random numbers whenever they are drawn.
+  """
+  mean, std = np.array(view.mean or 0.0), np.array(view.std or 1.0)
+
+  def paint(params, state, images):
+    assert method.pictures is not None
+    keys = augment.example_keys(0, jnp.int32(0), jnp.arange(len(images)))
+    drawn = method.pictures(params, state, augment.evaluation_view(images, view), keys)
+    return jax.tree.map(lambda x: jnp.clip(x * std + mean, 0, 1) if x.ndim == 4 else x, drawn)
+
+  return jax.jit(paint)
 
 
 def knn_accuracy(

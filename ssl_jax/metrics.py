@@ -100,6 +100,10 @@ class Writer:
       if name != "step":
         self.board.add_scalar(name, value, row["step"])
 
+  def show(self, name: str, image: np.ndarray, step: int) -> None:
+    """Logs an image, uint8 [H, W, 3], to TensorBoard."""
+    self.board.add_image(name, image, step, dataformats="HWC")
+
   def close(self) -> None:
     self.file.close()
     self.board.close()
@@ -144,6 +148,40 @@ def draw_curves(workdir: pathlib.Path, chance: float, title: str) -> None:
     right.text(0.5, 0.5, "no labels, no k-NN", ha="center", transform=right.transAxes)
   right.set(xlabel="step", ylabel="top-1 (%)")
   figure.savefig(workdir / "curves.png", dpi=120)
+
+
+def draw_pictures(path: pathlib.Path, pictures: Any, title: str) -> np.ndarray:
+  """Draws a method's `Pictures` (see methods/base.py), one row an image, into a PNG file.
+
+  Returns:
+    What was drawn, uint8 [H, W, 3].
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  columns = []  # (title, [n, h, w, c] or [n, h, w])
+  for name, value in pictures._asdict().items():
+    parts = value if isinstance(value, tuple) else (value,)
+    columns += [(name if len(parts) == 1 else f"{name} {i + 1}", np.asarray(x)) for i, x in enumerate(parts)]
+  originals = columns[0][1]
+  rows = len(originals)
+  figure = Figure(figsize=(1.5 * len(columns), 1.5 * rows + 0.6), layout="constrained")
+  canvas = FigureCanvasAgg(figure)
+  figure.suptitle(title)
+  for j, (name, values) in enumerate(columns):
+    for i in range(rows):
+      axes = figure.add_subplot(rows, len(columns), i * len(columns) + j + 1)
+      axes.axis("off")
+      if i == 0:
+        axes.set_title(name)
+      shown = values[i] if values.ndim == 4 else originals[i]
+      shown = shown if shown.shape[-1] == 3 else shown[..., 0]
+      axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
+      if values.ndim == 3:
+        axes.imshow(values[i], cmap="inferno", alpha=0.7)
+  path.parent.mkdir(exist_ok=True)
+  figure.savefig(path, dpi=100)
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def format_duration(seconds: float) -> str:

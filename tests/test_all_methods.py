@@ -1,21 +1,29 @@
 """What holds for every method: the same numbers on any number of devices, one compilation, an exact resume."""
 
+import functools
 import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import train
-from ssl_jax import data, metrics
+from ssl_jax import augment, data, metrics, parallel
+from ssl_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 METHODS = ["quickstart", "moco_quickstart", "byol_quickstart", "mae_quickstart", "dino_quickstart", "moco_imagenet:v3"]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("byol_quickstart", "moco_imagenet:v3")]
+def slow(*names):
+  return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+SLOW = slow("byol_quickstart", "moco_imagenet:v3")
 
 
 def small(name):
@@ -71,8 +79,87 @@ def steps_on(config, mesh, monkeypatch, n=3):
   return jax.device_get(state), rows
 
 
+def one_step(method, axis, params, state, views, keys):
+  """A step of gradient descent as in `train.make_step`, on the mapped axis `axis` or, where it is None, on none."""
+  (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, views, keys, 0)
+  if axis:
+    grads, aux = jax.lax.pmean(grads, axis), parallel.combine(aux, axis)
+  params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+  return params, method.update(params, state, aux, 0), aux.metrics
+
+
+def lanes(n, views, keys):
+  """[v, b, ...] arrays as [n, v, b / n, ...], and keys [b] as [n, b / n]."""
+  parts = tuple(jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0) for x in views)
+  return parts, keys.reshape(n, -1)
+
+
+def by_vmap(step, mesh, params, state, views, keys):
+  out = jax.jit(jax.vmap(step, (None, None, 0, 0), axis_name="batch"))(params, state, *lanes(mesh.size, views, keys))
+  jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), out)  # whole everywhere
+  return jax.tree.map(lambda x: x[0], out)
+
+
+def by_pmap(step, mesh, params, state, views, keys):
+  devices = list(mesh.devices.flat)
+  out = jax.pmap(step, "batch", in_axes=(None, None, 0, 0), devices=devices)(
+    params, state, *lanes(mesh.size, views, keys)
+  )
+  jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), out)
+  return jax.tree.map(lambda x: x[0], out)
+
+
+def by_shard_map(step, mesh, params, state, views, keys):
+  specs = (P(), P(), P(None, "batch"), P("batch"))
+  return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))(
+    params, state, views, keys
+  )
+
+
+def by_jit(step, mesh, params, state, views, keys):
+  put = functools.partial(jax.device_put, device=jax.NamedSharding(mesh, P(None, "batch")))
+  keys = jax.device_put(keys, jax.NamedSharding(mesh, P("batch")))
+  return jax.jit(step)(params, state, jax.tree.map(put, views), keys)
+
+
+WAYS = [(by_vmap, 4), (by_pmap, 2), (by_jit, 4)]
+MORE_WAYS = [
+  (by_vmap, 1),
+  (by_vmap, 2),
+  (by_pmap, 4),
+  (by_shard_map, 1),
+  (by_shard_map, 2),
+  (by_shard_map, 4),
+  (by_jit, 2),
+]
+
+
+@pytest.mark.parametrize("ways", [WAYS, pytest.param(MORE_WAYS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_is_the_same_however_the_batch_is_mapped(name, ways, mesh, monkeypatch):
+  config = small(name)
+  module = train.methods.find(config.method.name)
+  mapped = module.from_config(config, 8, 4)
+  monkeypatch.setattr(module, "AXIS", None, raising=False)  # MAE has no axis
+  plain = module.from_config(config, 8, 4)
+  keys = augment.example_keys(0, jnp.int32(0), jnp.arange(8))
+  images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), dtype=np.uint8)
+  views = jax.jit(lambda: augment.make_views(keys, images, configs.views(config)))()
+  params, state = jax.jit(plain.init)(jax.random.key(0), views)
+  args = (*jax.device_get((params, state, views)), keys)
+  want = jax.jit(functools.partial(one_step, plain, None))(*args)
+  for way, devices in ways:
+    method, axis = (plain, None) if way is by_jit else (mapped, "batch")
+    got = way(functools.partial(one_step, method, axis), mesh(devices), *args)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+      scale = max(float(np.max(np.abs(y))), 1e-3)
+      np.testing.assert_allclose(
+        x, y, rtol=0, atol=2e-5 * scale, err_msg=f"{way.__name__} {devices} {jax.tree_util.keystr(path)}"
+      )
+
+
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("name", [*METHODS[:2], *METHODS[3:5], *SLOW])
+@pytest.mark.parametrize("name", ["moco_quickstart", "dino_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
 def test_any_number_of_devices_gives_the_same_steps(name, devices, mesh, monkeypatch):  # C01, C03, C48
   want, want_rows = steps_on(small(name), mesh(1), monkeypatch)
   got, rows = steps_on(small(name), mesh(devices), monkeypatch)
@@ -84,7 +171,7 @@ def test_any_number_of_devices_gives_the_same_steps(name, devices, mesh, monkeyp
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["moco_quickstart", "mae_quickstart", "dino_quickstart", *SLOW])
+@pytest.mark.parametrize("name", ["moco_quickstart", "dino_quickstart", *slow("mae_quickstart"), *SLOW])
 def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):  # C30, C32, C38
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
   monkeypatch.setattr(train.parallel, "make_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",)))

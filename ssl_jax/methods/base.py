@@ -55,6 +55,16 @@ class Encoder(Protocol):
     ...
 
 
+class Pictures(Protocol):
+  def __call__(self, params: Any, state: Any, images: jax.Array, keys: jax.Array) -> Any:
+    """Shows what the method does to `images`, float [n, h, w, c] as the encoder's, with one key an image.
+
+    Returns a NamedTuple whose fields are drawn side by side under their names: [n, h, w, c] like the images, or a tuple
+    of maps [n, h, w] of any scale, each drawn as heat over the first field.
+    """
+    ...
+
+
 class Method(NamedTuple):
   """A self-supervised method, as its constructor returns it.
 
@@ -62,6 +72,7 @@ class Method(NamedTuple):
     init, loss, update, encoder: see their protocols.
     separable: whether the loss of a batch is a mean over its examples, so that chunks may be summed.
     chance: value of metrics["loss"] for uninformative outputs at a given global batch size.
+    pictures: see its protocol; None where there is nothing to see.
   """
 
   init: Init
@@ -70,3 +81,4 @@ class Method(NamedTuple):
   encoder: Encoder
   separable: bool
   chance: Callable[[int], float]
+  pictures: Pictures | None = None

@@ -6,7 +6,7 @@ of them through one call of the head.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,13 @@ class DINOState:
   center: jax.Array
   batch_stats: Any
   teacher_batch_stats: Any
+
+
+class DINOPictures(NamedTuple):
+  """What `Method.pictures` shows: the class token's attention in the teacher's last block, a map [n, h, w] a head."""
+
+  original: jax.Array
+  attention: tuple[jax.Array, ...]
 
 
 def dino(
@@ -100,6 +107,9 @@ def dino(
     averages = {"center": center, "batch_stats": batch_stats, "teacher_batch_stats": teacher_stats}
     metrics = {"loss": value, "teacher_temperature": jnp.asarray(temperature)}
     metrics |= entropies((teacher.astype(jnp.float32) - state.center) / temperature, axis_name)
+    # The loss is the teacher's entropy, which training cannot remove, and the divergence, which it can.
+    metrics["kl"] = value - math.log(head.prototypes) * metrics["teacher_entropy"]
+    metrics["center_norm"] = jnp.linalg.norm(state.center)
     embedding = rearrange(features[:2], "v b d -> b v d")
     return value, Aux(metrics, averages, {"embedding": lax.stop_gradient(embedding)})
 
@@ -115,7 +125,16 @@ def dino(
     del batch_size
     return math.log(head.prototypes)
 
-  return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
+  def pictures(params, state, images, keys):
+    del params, keys
+    attention = encoder.apply({"params": state.teacher_params["encoder"]}, images, method="attention")
+    rows, columns = (side // encoder.patch_size for side in images.shape[1:3])
+    maps = rearrange(attention[:, :, 0, 1:], "n heads (h w) -> heads n h w", h=rows, w=columns)
+    maps = jnp.repeat(jnp.repeat(maps, encoder.patch_size, axis=2), encoder.patch_size, axis=3)
+    return DINOPictures(images, tuple(maps))
+
+  picture = pictures if hasattr(encoder, "attention") else None  # a ResNet has none
+  return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=picture)
 
 
 def entropies(logits: jax.Array, axis_name: str | None) -> dict[str, jax.Array]:

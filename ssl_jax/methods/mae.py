@@ -4,11 +4,12 @@ Official code: facebookresearch/mae, main_pretrain.py and models_mae.py.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 
 from ssl_jax import models
@@ -22,6 +23,14 @@ from ssl_jax.models.vit import ViT
 @struct.dataclass
 class MAEState:
   """MAE keeps nothing between steps."""
+
+
+class MAEPictures(NamedTuple):
+  """What `Method.pictures` shows: [n, h, w, c] each; a removed patch is as gray as all images' mean."""
+
+  original: jax.Array
+  masked: jax.Array
+  reconstruction: jax.Array
 
 
 def mask_from_noise(noise: jax.Array, keep: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -58,6 +67,9 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     tokens = encoder.apply({"params": params["encoder"]}, images, keep=visible, method="tokens")
     return decoder.apply({"params": params["decoder"]}, tokens, restore, grid), mask, tokens
 
+  def draw_noise(keys, patches):
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (patches,)))(keys)
+
   def init(key, views):
     encoder_key, decoder_key = jax.random.split(key)
     images = views[0][0]
@@ -74,8 +86,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     del state, step
     images = views[0][0]  # [b, h, w, c]: MAE takes one view
     target = patchify(images, patch)
-    noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), target.shape[1:2]))(keys)
-    prediction, mask, tokens = forward(params, images, noise)
+    prediction, mask, tokens = forward(params, images, draw_noise(keys, target.shape[1]))
     value = mae_loss(prediction, target, mask, normalize_target=normalize_target)
     embedding = jnp.mean(tokens[:, 1:], axis=1, keepdims=True)
     return value, Aux({"loss": value}, examples={"embedding": embedding})
@@ -88,11 +99,26 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     del state
     return {"params": params["encoder"]}
 
+  def pictures(params, state, images, keys):
+    del state
+    patches = patchify(images, patch)
+    prediction, mask, _ = forward(params, images, draw_noise(keys, patches.shape[1]))
+    if normalize_target:  # back by the statistics of the patch itself, which the network was not asked for
+      mean, var = jnp.mean(patches, axis=-1, keepdims=True), jnp.var(patches, axis=-1, keepdims=True, ddof=1)
+      prediction = prediction * jnp.sqrt(var + 1e-6) + mean
+
+    def put_into_removed(values):
+      filled = jnp.where(mask[..., None] == 1, values, patches)
+      rows = images.shape[1] // patch
+      return rearrange(filled, "n (h w) (p q c) -> n (h p) (w q) c", h=rows, p=patch, q=patch)
+
+    return MAEPictures(images, put_into_removed(jnp.mean(images)), put_into_removed(prediction))
+
   def chance(batch_size):
     del batch_size
     return 1.0 if normalize_target else math.nan  # what the mean of a normalised patch leaves; else the data's variance
 
-  return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
+  return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=pictures)
 
 
 def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
