@@ -1,0 +1,50 @@
+"""Two steps of the paper's models at the paper's resolution, on a CPU: long, so only by hand (pytest -m slow)."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from ssl_jax import data
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "batch", "encoder", "parameters"),
+  [
+    ("simclr_imagenet", 4, "resnet50", 23_508_032),
+    ("byol_imagenet", 4, "resnet50", 23_508_032),
+    ("mae_imagenet", 2, "vit_base", 85_798_656),  # its positions are fixed
+    ("dino_imagenet", 2, "vit_small", 21_665_664),
+  ],
+)
+def test_the_papers_model_takes_two_steps(name, batch, encoder, parameters, monkeypatch, mesh, optimised):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.batch_size, config.steps, config.dtype = batch, 4, "float32"
+  config.lr.warmup_epochs = 0
+  images = np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8)
+  monkeypatch.setattr(train, "load", lambda config, split: data.Dataset(images, np.zeros(8, np.int32), 1, "x", split))
+  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(1))
+  plan = train.make_plan(config)
+  assert config.encoder.name == encoder
+  assert sum(x.size for x in jax.tree.leaves(plan.state.params["encoder"])) == parameters
+  if name == "dino_imagenet":
+    assert [view["size"] for view in config.views] == 2 * [224] + 8 * [96] and config.method.head.prototypes == 65536
+  state = plan.init()
+  before = jax.device_get(state.params["encoder"])
+  for step in range(2):
+    batch_images = images[step * batch : (step + 1) * batch]
+    state, row = plan.train_step(state, train.parallel.put_batch(plan.mesh, {"image": batch_images}))
+    assert all(np.isfinite(x) for x in jax.device_get(row).values())
+  moved = [
+    np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params["encoder"]), strict=True)
+  ]
+  assert np.mean(moved) > 0.5
