@@ -96,16 +96,27 @@ def test_blocks_change_neither_value_nor_gradient(x64, block_size):
     assert_near_largest(a, b, 1e-14)
 
 
-def test_blocks_bound_the_memory_of_the_gradient():
-  z = jax.ShapeDtypeStruct((1024, 32), jnp.float32)
+@pytest.mark.parametrize(("n", "bound"), [(1024, 16), (16_384, 64), (32_768, 128)])
+def test_large_batches_need_memory_that_grows_with_the_batch_not_its_square(optimised, n, bound):  # C18
+  z = jax.ShapeDtypeStruct((n, 128), jnp.float32)
+  memory = loss_and_grads.lower(z, z).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < bound * 2**20  # the matrix of 2N x 2N would be 16, 4,096 and 16,384 MiB
 
-  def temporaries(block_size):
-    grad = jax.grad(lambda a, b: nt_xent(a, b, block_size=block_size), argnums=(0, 1))
-    return jax.jit(grad).lower(z, z).compile().memory_analysis().temp_size_in_bytes
 
-  matrix = (2 * 1024) ** 2 * 4  # 16 MiB
-  assert temporaries(None) >= matrix
-  assert temporaries(64) < matrix / 4
+def test_second_derivatives_in_blocks_are_right_and_forward_mode_alone_is_an_error(x64):
+  z1, z2, direction = (jnp.asarray(x) for x in (*draw(5, 3), draw(5, 3, 1)[0]))
+
+  def slope(block_size):
+    first = jax.grad(lambda a, t: nt_xent(a, z2, temperature=t, block_size=block_size), argnums=(0, 1))
+    return lambda a, t: jnp.vdot(first(a, t)[0], direction) + first(a, t)[1]
+
+  got, want = (jax.jit(jax.grad(slope(block), argnums=(0, 1)))(z1, 0.3) for block in (2, 5 * 2))
+  assert_near_largest(got[0], want[0], 1e-12)
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-12)
+  got, want = (jax.jit(jax.hessian(functools.partial(nt_xent, block_size=block)))(z1, z2) for block in (2, 5 * 2))
+  assert_near_largest(got, want, 1e-12)
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jvp(lambda a: nt_xent(a, z2, block_size=2), (z1,), (z1,))
 
 
 # One loss, five ways of running it. Each takes (function of one device, whole a, whole b) and returns what every device
@@ -208,12 +219,13 @@ def test_without_an_axis_name_each_device_has_the_loss_of_its_own_rows(mesh):
   ],
   ids=["replicated", "replicated, pmean", "varying, psum", "varying, pmean is too small"],
 )
-def test_gradients_under_shard_maps_own_check_vma(mesh, varying, combine, factor):
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_gradients_under_shard_maps_own_check_vma(mesh, varying, combine, factor, block_size):
   x = jnp.float32(np.stack(draw(8, 5)))
   w = jnp.float32(np.random.default_rng(1).normal(size=(5, 6)))
 
   def loss(w, x, axis_name):
-    return nt_xent(x[0] @ w, x[1] @ w, temperature=0.2, axis_name=axis_name)
+    return nt_xent(x[0] @ w, x[1] @ w, temperature=0.2, axis_name=axis_name, block_size=block_size)
 
   def one_device(w, x):
     if varying:

@@ -63,6 +63,26 @@ def test_info_nce_without_a_queue_is_the_official_moco_v3s(golden, dtype, block_
     gradients_close(got, g[name])
 
 
+@pytest.mark.parametrize("with_queue", [True, False])
+def test_info_nce_in_blocks_is_the_whole_one_with_its_derivatives(with_queue):
+  with jax.enable_x64(True):
+    q, k = map(jnp.asarray, draw(0, 7, 3))
+    queue = jnp.asarray(unit(draw(1, 11, 3)[0])) if with_queue else None
+
+    def derivatives(block_size):
+      def loss(q, t):
+        return info_nce(q, k, queue, temperature=t, block_size=block_size)
+
+      first = jax.grad(loss, argnums=(0, 1))
+      second = jax.grad(lambda q, t: jnp.vdot(first(q, t)[0], k) + first(q, t)[1], argnums=(0, 1))
+      return jax.jit(lambda q, t: (loss(q, t), first(q, t), second(q, t)))(q, 0.3)
+
+    for got, want in zip(jax.tree.leaves(derivatives(2)), jax.tree.leaves(derivatives(7)), strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
+    with pytest.raises(TypeError, match="forward-mode"):
+      jax.jvp(lambda q: info_nce(q, k, queue, block_size=2), (q,), (q,))
+
+
 def test_info_nce_is_the_papers_formula(dtype):
   q, k = draw(1, 5, 3)
   queue = unit(draw(2, 9, 3)[0])

@@ -1,4 +1,9 @@
-"""Contrastive losses: tell the positive apart from every other example of the (global) batch."""
+"""Contrastive losses: tell the positive apart from every other example of the (global) batch.
+
+Both are softplus(log-sum-exp of the negatives' similarities - the positive's), which keeps its digits where the
+positive wins. Small batches take the log-sum-exp from the whole matrix, and JAX differentiates it. Large ones go
+through the matrix by blocks of rows that are never kept, and their gradient is derived here.
+"""
 
 import math
 
@@ -6,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_ALL_AT_ONCE, _BLOCK = 2**24, 2**20  # similarities: 64 MiB of float32, and what a block holds beyond that
+_BLOCK = 2**20  # similarities that a block holds, 4 MiB of float32; as many and fewer need no blocks
 
 
 def nt_xent(
@@ -30,12 +35,14 @@ def nt_xent(
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split; the negatives are then those of the global batch. None:
       the batch that is passed, on one device or as a sharded array under `jax.jit`.
-    block_size: how many rows of the [2N, 2N] similarities exist at once; the others are recomputed in the backward
-      pass, so that memory is O(N d + N block_size). None: all rows while they are small, blocks beyond.
+    block_size: how many rows of the [2N, 2N] similarities exist at once. They are recomputed in the backward pass, so
+      that memory is O(N d + N block_size). None: all rows of small batches, 2^20 similarities of larger ones.
 
   Returns:
     float32 scalar (float64 for float64 inputs), >= 0: the mean over the 2N views of the global batch, the same on
     every device. Uniform similarities give log(2N - 1). The official code reports and optimises twice this.
+
+  Second derivatives work, `jax.hessian` too. In blocks the value has no forward mode (`jax.jvp`): JAX says so.
 
   Gradients: for `jax.pmap`, `jax.vmap` and `jax.shard_map(check_vma=False)`, `lax.pmean` of the per-device gradients is
   the gradient of the returned value. Under shard_map's default `check_vma=True` JAX has summed the gradient of
@@ -53,27 +60,15 @@ def nt_xent(
   _check_pair("z1", z1, "z2", z2)
   _check_temperature(temperature)
   _check_block_size(block_size)
-  z1, z2 = _unit(z1), _unit(z2)
-  n = z1.shape[0]
-  image = jnp.arange(n)  # where this device's images stand in the global batch
-  everyone = jnp.stack([z1, z2])  # [2, n, d]
-  if axis_name is not None:
-    everyone = lax.all_gather(everyone, axis_name, axis=1, tiled=True)
-    image += lax.axis_index(axis_name) * n
-  n_global = everyone.shape[1]
+  n_global = z1.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
   if n_global < 2:
     raise ValueError(f"nt_xent needs a batch of at least two images for its negatives, got {n_global}.")
-  candidates = everyone.reshape(2 * n_global, -1)
-
-  def cross_entropy(view):
-    z, positive, own = view
-    similarity = z @ candidates.T / temperature
-    # Not an input, but the index says who is oneself: a duplicate image in the batch stays a negative.
-    similarity = jnp.where(jnp.arange(2 * n_global) == own, -jnp.inf, similarity)
-    return jax.nn.logsumexp(similarity) - z @ positive / temperature
-
-  anchors = jnp.concatenate([z1, z2]), jnp.concatenate([z2, z1]), jnp.concatenate([image, image + n_global])
-  loss = jnp.mean(_by_rows(cross_entropy, anchors, 2 * n_global, block_size))
+  z1, z2 = (_unit(z) * temperature**-0.5 for z in (z1, z2))  # their products are similarities / temperature
+  rows, block_size = 2 * z1.shape[0], _rows_at_once(2 * z1.shape[0], 2 * n_global, block_size)
+  negatives = _other_views if block_size >= rows else _other_views_in_blocks
+  with jax.default_matmul_precision("highest"):
+    positive = jnp.sum(z1 * z2, axis=-1)  # of both views of an image
+    loss = jnp.mean(jax.nn.softplus(negatives(z1, z2, axis_name, block_size) - positive))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 
@@ -100,14 +95,14 @@ def info_nce(
       gradient. None: the negatives of a query are the other keys of the (global) batch.
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split.
-    block_size: how many queries' similarities exist at once; the others are recomputed in the backward pass. None: all
-      while they are small, blocks beyond.
+    block_size: how many queries' similarities exist at once. None: all of small batches, 2^20 similarities of larger
+      ones.
 
   Returns:
     float32 scalar (float64 for float64 inputs), the mean over the global batch, the same on every device. Uniform
     similarities give log(K + 1), or log N without a queue. MoCo v3 multiplies by twice the temperature in its method.
 
-  Gradients over a mapped axis: as for `nt_xent`.
+  Gradients over a mapped axis, and second derivatives: as for `nt_xent`.
 
   Raises:
     TypeError, ValueError: as for `nt_xent`; also a queue that is not [K, d] with K >= 1.
@@ -118,7 +113,8 @@ def info_nce(
   _check_pair("query", query, "key", key)
   _check_temperature(temperature)
   _check_block_size(block_size)
-  query, key = _unit(query), lax.stop_gradient(_unit(key))
+  query = _unit(query) / temperature  # products with keys are similarities / temperature
+  key = lax.stop_gradient(_unit(key))
   if queue is not None:
     if not jnp.issubdtype(queue.dtype, jnp.floating):
       raise TypeError(f"queue must be floating point, got {queue.dtype}.")
@@ -130,27 +126,126 @@ def info_nce(
     if candidates.shape[0] < 2:
       raise ValueError("info_nce without a queue needs a batch of at least two images for its negatives, got 1.")
 
-  def cross_entropy(pair):
-    q, positive = pair
-    own = q @ positive / temperature
-    similarity = q @ candidates.T / temperature
-    if queue is not None:  # Without one the own key is among the candidates.
-      similarity = jnp.concatenate([own[None], similarity])
-    return jax.nn.logsumexp(similarity) - own
-
-  loss = jnp.mean(_by_rows(cross_entropy, (query, key), candidates.shape[0], block_size))
+  own = jnp.full(query.shape[0], -1)  # where each query's own key is among the candidates: nowhere
+  if queue is None:
+    own = _places(query.shape[0], axis_name)
+  block_size = _rows_at_once(query.shape[0], candidates.shape[0], block_size)
+  negatives = _other_keys if block_size >= query.shape[0] else _other_keys_in_blocks
+  with jax.default_matmul_precision("highest"):
+    positive = jnp.sum(query * key, axis=-1)
+    loss = jnp.mean(jax.nn.softplus(negatives(query, candidates, own, block_size) - positive))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 
-def _by_rows(function, rows, columns, block_size):
-  """Maps `function` over rows, all at once or `block_size` at a time with recomputation in the backward pass."""
-  n = rows[0].shape[0]
-  if block_size is None:
-    block_size = n if n * columns <= _ALL_AT_ONCE else max(1, _BLOCK // columns)
-  with jax.default_matmul_precision("highest"):
-    if block_size >= n:
-      return jax.vmap(function)(rows)
-    return lax.map(jax.checkpoint(function), rows, batch_size=block_size)
+def _rows_at_once(rows, columns, block_size):
+  return block_size or (rows if rows * columns <= _BLOCK else max(1, _BLOCK // columns))
+
+
+def _by_rows(function, rows, block_size):
+  """Maps `function` over the first axis of `rows`, at most `block_size` entries at a time."""
+  if block_size >= jax.tree.leaves(rows)[0].shape[0]:
+    return jax.vmap(function)(rows)
+  return lax.map(function, rows, batch_size=block_size)
+
+
+def _places(n, axis_name):
+  """Where this device's images stand in the global batch, [n]."""
+  return jnp.arange(n) + (0 if axis_name is None else lax.axis_index(axis_name) * n)
+
+
+# NT-Xent.
+
+
+def _other_views(z1, z2, axis_name, block_size):
+  """Log of the sum of exp(z @ other) for both views of each image, [2, n], over all views of all other images."""
+  return _other_views_forward(z1, z2, axis_name, block_size)[0]
+
+
+def _other_views_forward(z1, z2, axis_name, block_size):
+  views = _all_views(jnp.stack([z1, z2]), axis_name)
+
+  def log_sum_exp(row):
+    return jax.nn.logsumexp(_similarity_to_others(*row, views))
+
+  rows = _own_views(views, axis_name), jnp.tile(_places(z1.shape[0], axis_name), 2)
+  total = _by_rows(log_sum_exp, rows, block_size).reshape(2, -1)
+  return total, (views, total)
+
+
+def _other_views_backward(axis_name, block_size, saved, g):
+  views, total = saved
+  # Similarities are symmetric: what other rows send to a view is in that view's own row, if their sums are known. So
+  # the devices exchange two numbers a view, and no gradients.
+  all_total, all_g = _all_views(total, axis_name), _all_views(g, axis_name)
+
+  def gradient(row):
+    z, image, own_total, own_g = row
+    s = _similarity_to_others(z, image, views)
+    return (own_g * jnp.exp(s - own_total) + all_g * jnp.exp(s - all_total)) @ views
+
+  rows = _own_views(views, axis_name), jnp.tile(_places(total.shape[1], axis_name), 2)
+  out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), block_size)
+  return out[: total.shape[1]], out[total.shape[1] :]
+
+
+_other_views_in_blocks = jax.custom_vjp(_other_views, nondiff_argnums=(2, 3))
+_other_views_in_blocks.defvjp(_other_views_forward, _other_views_backward)
+
+
+def _all_views(x, axis_name):
+  """[2, n, ...] of each device -> [2N, ...]: all first views, then all second ones."""
+  if axis_name is not None:
+    x = lax.all_gather(x, axis_name, axis=1, tiled=True)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _own_views(views, axis_name):
+  """This device's part of what `_all_views` gathered, [2n, d]."""
+  if axis_name is None:
+    return views
+  n = views.shape[0] // 2 // lax.axis_size(axis_name)
+  both = views.reshape(2, -1, views.shape[-1])
+  return lax.dynamic_slice_in_dim(both, lax.axis_index(axis_name) * n, n, axis=1).reshape(2 * n, -1)
+
+
+def _similarity_to_others(z, image, views):
+  # The place tells who is oneself, not the value: a duplicate image in the batch stays a negative.
+  return jnp.where(jnp.arange(len(views)) % (len(views) // 2) == image, -jnp.inf, views @ z)
+
+
+# InfoNCE. The keys take no gradient, so a query's is a weighted mean of keys, which the forward pass makes.
+
+
+def _other_keys(query, keys, own, block_size):
+  """Log of the sum of exp(query @ key), [n], over all keys but the one that stands at the place `own` [n]."""
+
+  def log_sum_exp(row):
+    return jax.nn.logsumexp(_similarity_to_other_keys(row, keys))
+
+  return _by_rows(log_sum_exp, (query, own), block_size)
+
+
+def _other_keys_forward(query, keys, own, block_size):
+  def log_sum_exp_and_gradient(row):
+    s = _similarity_to_other_keys(row, keys)
+    total = jax.nn.logsumexp(s)
+    return total, jnp.exp(s - total) @ keys
+
+  return _by_rows(log_sum_exp_and_gradient, (query, own), block_size)
+
+
+def _other_keys_backward(block_size, gradient, g):
+  del block_size
+  return g[:, None] * gradient, None, None
+
+
+_other_keys_in_blocks = jax.custom_vjp(_other_keys, nondiff_argnums=(3,))
+_other_keys_in_blocks.defvjp(_other_keys_forward, _other_keys_backward)
+
+
+def _similarity_to_other_keys(row, keys):
+  query, own = row
+  return jnp.where(jnp.arange(len(keys)) == own, -jnp.inf, keys @ query)
 
 
 def _check_block_size(block_size):
