@@ -53,17 +53,26 @@ def make_init(method: Method, optimizer: optax.GradientTransformation, views, im
   return init
 
 
-def make_step(method: Method, optimizer: optax.GradientTransformation, views, seed: int):
-  """Returns one device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics)."""
+def make_step(method: Method, optimizer: optax.GradientTransformation, views, seed: int, microbatch: int | None = None):
+  """Returns one device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics).
+
+  `microbatch` is how many images of the global batch are encoded at once; None: all.
+  """
 
   def train_step(train, batch):
     step, params, state, opt_state = train
     images = batch["image"]
     positions = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-    keys = augment.example_keys(seed, step, positions)
-    drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
 
-    (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
+    def gradient(images, positions):
+      keys = augment.example_keys(seed, step, positions)
+      drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
+      (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
+      return grads, aux
+
+    # Where the loss is not a mean over examples, the method itself encodes by microbatches.
+    by_chunks = parallel.accumulate(gradient, microbatch, AXIS) if method.separable else gradient
+    grads, aux = by_chunks(images, positions)
     grads = lax.pmean(grads, AXIS)
     aux = parallel.combine(aux, AXIS)
 
@@ -71,7 +80,9 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, views, se
     params = optax.apply_updates(params, updates)
     state = method.update(params, state, aux, step)
 
-    row = aux.metrics | metrics.monitors(aux.examples["embedding"]) | {"grad_norm": optax.tree.norm(grads)}
+    marginal = aux.averages.get("marginal") if isinstance(aux.averages, dict) else None
+    row = aux.metrics | metrics.monitors(aux.examples["embedding"], marginal)
+    row["grad_norm"] = optax.tree.norm(grads)
     # A step that is not finite changes nothing: the loop stops on it, and finds the state as it was.
     finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"])
     new = TrainState(step + 1, params, state, opt_state)
@@ -120,7 +131,7 @@ def make_plan(config) -> Plan:
     )
     state = parallel.abstract(init.eval_shape(), parallel.replicated(mesh))
     optim.check_rules(config, state.params)
-    train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed), mesh)
+    train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed, config.microbatch), mesh)
     batch = parallel.abstract({"image": train_set.images[: config.batch_size]}, parallel.split(mesh))
     train_step.trace(state, batch)
     extractor = evaluate.make_extractor(encoder, configs.eval_view(config), mesh)

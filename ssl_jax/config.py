@@ -97,8 +97,6 @@ def check(config: Any, *, images: int, devices: int) -> None:
     )
   _check_divides("batch_size", config.batch_size, devices, f"the {devices} devices")
   if config.microbatch is not None:
-    if config.method.name != "simclr":
-      raise UserError(f"microbatch is there for simclr only, yet: method {config.method.name} takes the whole batch.")
     _check_divides("microbatch", config.microbatch, devices, f"the {devices} devices")
     if config.batch_size % config.microbatch:
       raise UserError(f"batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}.")

@@ -13,16 +13,18 @@ import numpy as np
 import tensorboardX
 
 _ROWS = 256  # of the Gram matrix: enough to see a collapse, too few to cost anything
-# Below these a batch of embeddings is collapsed: random ones have about 1, and about min(rows, d).
-COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0
+# Below these a batch of embeddings is collapsed: random ones have about 1, and about min(rows, d). A healthy ViT may
+# begin at a rank of 1.6.
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 1.1
 UNIFORM_TEACHER, ONE_PROTOTYPE = 0.995, 0.1  # entropies as shares of log K
 
 
-def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
+def monitors(embedding: jax.Array, marginal: jax.Array | None = None) -> dict[str, jax.Array]:
   r"""Collapse monitors of one batch, as in Wang and Isola, 2020, arXiv:2005.10242, for the last two.
 
   Args:
     embedding: float [n, v, d], one view or two of each example, of any norm.
+    marginal: float [K], the batch's mean distribution over prototypes, for methods that have them.
 
   Returns:
     float32 scalars:
@@ -31,7 +33,9 @@ def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
     "effective_rank": (sum of eigenvalues)^2 / sum of their squares of the covariance of at most 256 rows, from their
       Gram matrix without an eigendecomposition: between 1 and min(d, rows - 1);
     "alignment": mean squared distance of an example's two views, 0 to 4; not there for one view;
-    "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point.
+    "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point;
+    "marginal_entropy": of `marginal`, as a share of log K: near 0 all images fall on one prototype, which neither the
+      loss nor a k-NN shows; not there without one.
   """
   z = embedding.astype(jnp.float32)
   z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
@@ -49,17 +53,25 @@ def monitors(embedding: jax.Array) -> dict[str, jax.Array]:
   }
   if z.shape[1] > 1:
     monitors["alignment"] = jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), axis=-1))
+  if marginal is not None:
+    entropy = -jnp.sum(marginal * jnp.log(jnp.maximum(marginal, 1e-30)))
+    monitors["marginal_entropy"] = entropy / math.log(marginal.shape[0])
   return monitors
 
 
 def collapse_warning(row: dict[str, Any]) -> str | None:
-  """A sentence for the user if a row's monitors say that the features have collapsed."""
-  if row.get("feature_std", 1.0) < COLLAPSED_STD:
+  """A sentence for the user if a row's monitors say that the features have collapsed.
+
+  Rows without "alignment" are of a method with one view, which asks for no invariance and so cannot collapse.
+  """
+  if "alignment" not in row:
+    return None
+  if row["feature_std"] < COLLAPSED_STD:
     return (
       f"the features have collapsed: at step {row['step']} all images have nearly the same embedding "
       f"(feature_std {row['feature_std']:.3f}, healthy is about 1)."
     )
-  if row.get("effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
+  if row["effective_rank"] < COLLAPSED_RANK:
     return (
       f"the features have collapsed: at step {row['step']} the embeddings lie on a line "
       f"(effective_rank {row['effective_rank']:.2f}, healthy is many)."

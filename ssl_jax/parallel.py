@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -59,6 +60,34 @@ def compile_map(function: Callable, mesh: Mesh) -> Callable:
 
   mapped = jax.shard_map(gathered, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False)
   return jax.jit(mapped)
+
+
+def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Callable:
+  """Makes `gradient(images, positions) -> (gradients, Aux)` of a separable loss run one microbatch after the other.
+
+  Gradients, metrics and averages are averaged over the chunks, examples concatenated: for a loss that is a mean over
+  its examples the same as all at once, but that batch norm normalises within a chunk. `microbatch` is counted over all
+  devices; None: all at once.
+  """
+  if microbatch is None:
+    return gradient
+
+  def accumulated(images, positions):
+    m = microbatch // lax.axis_size(axis_name)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]), (images, positions))
+    n = len(images) // m
+
+    def add(total, chunk):
+      grads, aux = gradient(*chunk)
+      return jax.tree.map(jnp.add, total, (grads, aux.metrics, aux.averages)), aux.examples
+
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], chunks))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1].metrics, shapes[1].averages))
+    total, examples = lax.scan(add, zero, chunks)
+    grads, metrics, averages = jax.tree.map(lambda x: x / n, total)
+    return grads, Aux(metrics, averages, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), examples))
+
+  return accumulated
 
 
 def combine(aux: Aux, axis_name: str) -> Aux:

@@ -220,8 +220,9 @@ def test_slow_copies_are_arrays_of_their_own(name, mesh, monkeypatch):  # C116: 
 
 
 def test_a_uniform_teacher_and_a_single_prototype_are_told():  # C54, C56
-  uniform = {"step": 5, "feature_std": 1.0, "teacher_entropy": 0.999, "marginal_entropy": 1.0}
+  fine = {"step": 5, "feature_std": 1.0, "effective_rank": 9.0, "alignment": 0.3}
+  uniform = {**fine, "teacher_entropy": 0.999, "marginal_entropy": 1.0}
   assert "uniform" in metrics.collapse_warning(uniform)
-  one = {"step": 5, "feature_std": 1.0, "teacher_entropy": 0.01, "marginal_entropy": 0.02}
+  one = {**fine, "teacher_entropy": 0.01, "marginal_entropy": 0.02}
   assert "collapsed" in metrics.collapse_warning(one)
   assert metrics.collapse_warning({**one, "teacher_entropy": 0.4, "marginal_entropy": 0.7}) is None

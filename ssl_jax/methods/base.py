@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
 
 AXIS = "batch"  # the mapped axis of the training step, over which the global batch is split
 
@@ -13,7 +16,8 @@ class Aux(NamedTuple):
 
   Attributes:
     metrics: scalars by name, averaged. "loss" is the paper's loss.
-    averages: pytree, averaged: batch statistics.
+    averages: pytree, averaged: batch statistics. "marginal" [K], where there is one, is the mean distribution over
+      prototypes, whose entropy is a collapse monitor.
     examples: pytree of [b, ...] arrays, concatenated. "embedding" [b, v, d], of one or two views of each example and of
       any norm, feeds the collapse monitors.
   """
@@ -70,7 +74,8 @@ class Method(NamedTuple):
 
   Attributes:
     init, loss, update, encoder: see their protocols.
-    separable: whether the loss of a batch is a mean over its examples, so that chunks may be summed.
+    separable: whether the loss of a batch is a mean over its examples, so that the training step may take the gradient
+      of one microbatch after the other. Where it is not, the method encodes by microbatches itself (`in_chunks`).
     chance: value of metrics["loss"] for uninformative outputs at a given global batch size.
     pictures: see its protocol; None where there is nothing to see.
   """
@@ -82,3 +87,28 @@ class Method(NamedTuple):
   separable: bool
   chance: Callable[[int], float]
   pictures: Pictures | None = None
+
+
+def in_chunks(
+  encode: Callable[[jax.Array], tuple[Any, Any]], views: jax.Array, microbatch: int | None, axis_name: str | None
+) -> tuple[Any, Any]:
+  """Encodes all images, but `microbatch` of the global batch at a time, so that a loss sees the whole batch exactly.
+
+  Chunks are encoded one after the other and again in the backward pass: only one chunk's activations exist at once.
+  Batch norm normalises within a chunk, and the running statistics average the chunks'.
+
+  Args:
+    encode: views [v, m, h, w, c] -> (outputs, averages): pytrees of [v, m, ...] and of what is averaged.
+    views: float [v, b, h, w, c] of this device.
+    microbatch: a multiple of the number of devices; None: all at once.
+    axis_name: mapped axis over which the batch is split.
+
+  Returns:
+    (outputs [v, b, ...], averages).
+  """
+  if microbatch is None:
+    return encode(views)
+  m = microbatch // (lax.axis_size(axis_name) if axis_name else 1)
+  outputs, averages = lax.map(jax.checkpoint(encode), rearrange(views, "v (n m) h w c -> n v m h w c", m=m))
+  outputs = jax.tree.map(lambda x: rearrange(x, "n v m ... -> v (n m) ..."), outputs)
+  return outputs, jax.tree.map(lambda x: jnp.mean(x, axis=0), averages)

@@ -18,7 +18,7 @@ from ssl_jax import models
 from ssl_jax.errors import UserError
 from ssl_jax.losses import byol_loss
 from ssl_jax.methods.base import AXIS, Aux, Method
-from ssl_jax.models.heads import PredictorNetwork, Projector, without_predictor
+from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
 
 # haiku's default, in the ResNet and the MLPs: normal of deviation 1 / sqrt(fan_in), cut at two of them, uncorrected.
 haiku_init = nn.initializers.variance_scaling(0.87962566103423978**2, "fan_in", "truncated_normal")
@@ -42,15 +42,6 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
   """
   network = PredictorNetwork(encoder, projector, predictor)
 
-  def forward(params, batch_stats, views, method):
-    outputs = []
-    for view in views:  # One pass a view, as in the official code: batch norm sees the views apart.
-      variables = {"params": params, "batch_stats": batch_stats}
-      output, changed = network.apply(variables, view, train=True, mutable=["batch_stats"], method=method)
-      outputs.append(output)
-      batch_stats = changed.get("batch_stats", {})
-    return outputs, batch_stats
-
   def init(key, views):
     online_key, target_key = jax.random.split(key)  # The official target starts from a seed of its own.
     online, target = (network.init(k, views[0][0], train=True) for k in (online_key, target_key))
@@ -59,11 +50,11 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
 
   def loss(params, state, views, keys, step):
     del keys, step  # No dropout, no schedule.
-    online, batch_stats = forward(params, state.batch_stats, views[0], None)  # views[0]: [2, b, h, w, c]
-    target, target_stats = forward(state.target_params, state.target_batch_stats, views[0], "project")
-    value = byol_loss(online[0][1], target[1]) + byol_loss(online[1][1], target[0])
+    (projection, prediction), batch_stats = view_by_view(network, params, state.batch_stats, None, views[0])
+    target, target_stats = view_by_view(network, state.target_params, state.target_batch_stats, "project", views[0])
+    value = byol_loss(prediction[0], target[1]) + byol_loss(prediction[1], target[0])
     averages = {"batch_stats": batch_stats, "target_batch_stats": target_stats}
-    embedding = jnp.stack([online[0][0], online[1][0]], axis=1)
+    embedding = jnp.stack(list(projection), axis=1)
     return value, Aux({"loss": value}, averages, {"embedding": embedding})
 
   def update(params, state, aux, step):

@@ -48,7 +48,6 @@ def dino(
   teacher_rate: optax.Schedule,
   student_temperature: float = 0.1,
   center_momentum: float = 0.9,
-  axis_name: str | None = None,
 ) -> Method:
   """Builds DINO. views[0] are the global crops, the teacher's; the local ones are views[1].
 
@@ -57,8 +56,7 @@ def dino(
     head: called as `head(features)`.
     teacher_temperature: per step.
     teacher_rate: 1 - m per step, the weight of the student in the teacher's average.
-    student_temperature, center_momentum: of `dino_loss` and `dino_center`.
-    axis_name: mapped axis over which the batch is split; for the metrics, as everything else is averaged by the loop.
+    student_temperature, center_momentum: of `dino_loss` and `dino_center`. The loop averages the centre over devices.
   """
 
   def forward(params, batch_stats, views, keys=None):
@@ -104,18 +102,24 @@ def dino(
       student, teacher, state.center, student_temperature=student_temperature, teacher_temperature=temperature
     )
     center = dino_center(state.center, teacher, momentum=center_momentum)
+    log_p = jax.nn.log_softmax((teacher.astype(jnp.float32) - state.center) / temperature)
+    entropy = -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+    metrics = {
+      "loss": value,
+      "teacher_temperature": jnp.asarray(temperature),
+      "teacher_entropy": entropy / math.log(head.prototypes),  # 1 is uniform: the teacher tells nothing
+      "kl": value - entropy,  # the loss without the teacher's own entropy, which training cannot remove
+      "center_norm": jnp.linalg.norm(state.center),
+    }
     averages = {"center": center, "batch_stats": batch_stats, "teacher_batch_stats": teacher_stats}
-    metrics = {"loss": value, "teacher_temperature": jnp.asarray(temperature)}
-    metrics |= entropies((teacher.astype(jnp.float32) - state.center) / temperature, axis_name)
-    # The loss is the teacher's entropy, which training cannot remove, and the divergence, which it can.
-    metrics["kl"] = value - math.log(head.prototypes) * metrics["teacher_entropy"]
-    metrics["center_norm"] = jnp.linalg.norm(state.center)
+    averages["marginal"] = jnp.mean(jnp.exp(log_p), axis=(0, 1))  # for the monitors
     embedding = rearrange(features[:2], "v b d -> b v d")
     return value, Aux(metrics, averages, {"embedding": lax.stop_gradient(embedding)})
 
   def update(params, state, aux, step):
     teacher_params = optax.incremental_update(params, state.teacher_params, teacher_rate(step))
-    return state.replace(teacher_params=teacher_params, **aux.averages)
+    averages = {name: value for name, value in aux.averages.items() if name != "marginal"}
+    return state.replace(teacher_params=teacher_params, **averages)
 
   def encoder_variables(params, state):
     del params  # The paper evaluates the teacher.
@@ -135,22 +139,6 @@ def dino(
 
   picture = pictures if hasattr(encoder, "attention") else None  # a ResNet has none
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=picture)
-
-
-def entropies(logits: jax.Array, axis_name: str | None) -> dict[str, jax.Array]:
-  """Collapse monitors of the teacher, as shares of log K: 1 is uniform, 0 is one prototype.
-
-  "teacher_entropy" of each distribution: 1 says that the teacher tells nothing. "marginal_entropy" of the mean
-  distribution of the batch: near 0 all images fall on one prototype, which neither the loss nor a k-NN shows.
-  """
-  log_p = jax.nn.log_softmax(logits)
-  mean = jnp.mean(jnp.exp(log_p), axis=(0, 1))
-  mean = lax.pmean(mean, axis_name) if axis_name else mean
-  scale = 1 / math.log(logits.shape[-1])
-  return {
-    "teacher_entropy": -scale * jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
-    "marginal_entropy": -scale * jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))),
-  }
 
 
 def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
@@ -179,7 +167,6 @@ def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
     teacher_rate=optax.cosine_decay_schedule(1 - settings.teacher_momentum, steps),
     student_temperature=settings.student_temperature,
     center_momentum=settings.center_momentum,
-    axis_name=AXIS,
   )
 
 

@@ -8,6 +8,7 @@ directions. They are two algorithms, so each has its own section.
 The official codes move the slow copy just before the keys are made; moving it after the step before is the same.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -21,8 +22,8 @@ from jax import lax
 from ssl_jax import models
 from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce
-from ssl_jax.methods.base import AXIS, Aux, Method
-from ssl_jax.models.heads import MoCoHead, Network, PredictorNetwork, Projector, unit, without_predictor
+from ssl_jax.methods.base import AXIS, Aux, Method, in_chunks
+from ssl_jax.models.heads import MoCoHead, Network, PredictorNetwork, Projector, unit, view_by_view, without_predictor
 
 # ---- versions 1 and 2
 
@@ -157,6 +158,7 @@ def moco_v3(
   temperature: float,
   momentum_rate: optax.Schedule,
   axis_name: str | None = None,
+  microbatch: int | None = None,
 ) -> Method:
   """Builds MoCo v3.
 
@@ -165,17 +167,9 @@ def moco_v3(
     temperature: T of `info_nce`; each direction's loss is multiplied by 2 T, as in the official code.
     momentum_rate: 1 - m per step.
     axis_name: mapped axis over which the batch is split; the keys of all devices are the negatives.
+    microbatch: see `in_chunks`.
   """
   network = PredictorNetwork(encoder, projector, predictor)
-
-  def forward(params, batch_stats, views, method):
-    outputs = []
-    for view in views:  # One pass a view: batch norm sees the views apart.
-      variables = {"params": params, "batch_stats": batch_stats}
-      output, changed = network.apply(variables, view, train=True, mutable=["batch_stats"], method=method)
-      outputs.append(output)
-      batch_stats = changed.get("batch_stats", {})
-    return outputs, batch_stats
 
   def init(key, views):
     variables = network.init(key, views[0][0], train=True)
@@ -185,15 +179,17 @@ def moco_v3(
 
   def loss(params, state, views, keys, step):
     del keys, step
-    online, batch_stats = forward(params, state.batch_stats, views[0], None)  # views[0]: [2, b, h, w, c]
-    target, momentum_stats = forward(state.momentum_params, state.momentum_batch_stats, views[0], "project")
+    online = functools.partial(view_by_view, network, params, state.batch_stats, None)
+    slow = functools.partial(view_by_view, network, state.momentum_params, state.momentum_batch_stats, "project")
+    (projection, prediction), batch_stats = in_chunks(online, views[0], microbatch, axis_name)  # [2, b, h, w, c]
+    target, momentum_stats = in_chunks(slow, views[0], microbatch, axis_name)
 
     def direction(query, key):
       return 2 * temperature * info_nce(query, key, temperature=temperature, axis_name=axis_name)
 
-    value = direction(online[0][1], target[1]) + direction(online[1][1], target[0])
+    value = direction(prediction[0], target[1]) + direction(prediction[1], target[0])
     averages = {"batch_stats": batch_stats, "momentum_batch_stats": momentum_stats}
-    embedding = jnp.stack([online[0][0], online[1][0]], axis=1)
+    embedding = jnp.stack(list(projection), axis=1)
     return value, Aux({"loss": value}, averages, {"embedding": embedding})
 
   def update(params, state, aux, step):
@@ -241,7 +237,13 @@ def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
   # m(e) = 1 - (1 - m0) (1 + cos(pi e / E)) / 2
   rate = optax.cosine_decay_schedule(1 - settings.momentum, steps)
   return moco_v3(
-    make_encoder(config), projector, predictor, temperature=settings.temperature, momentum_rate=rate, axis_name=AXIS
+    make_encoder(config),
+    projector,
+    predictor,
+    temperature=settings.temperature,
+    momentum_rate=rate,
+    axis_name=AXIS,
+    microbatch=config.microbatch,
   )
 
 

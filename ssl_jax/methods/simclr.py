@@ -6,21 +6,20 @@ norm without offset. Both views go through one forward pass, so that batch norm 
 torchvision's; the official ones are TensorFlow's.
 """
 
+import functools
 import math
 from typing import Any
 
 import chex
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
-from jax import lax
 
 from ssl_jax import models
 from ssl_jax.errors import UserError
 from ssl_jax.losses import nt_xent
-from ssl_jax.methods.base import AXIS, Aux, Method
+from ssl_jax.methods.base import AXIS, Aux, Method, in_chunks
 from ssl_jax.models.heads import Network, SimCLRProjector
 
 # model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
@@ -48,28 +47,17 @@ def simclr(
     encoder, projector: modules called as `module(x, train=...)`; their batch norms take the same `axis_name`.
     temperature: of `nt_xent`.
     axis_name: mapped axis over which the batch is split.
-    microbatch: images, of the global batch, whose activations exist at once. The loss still sees the whole batch and
-      its gradient is exact: chunks are encoded one after the other and encoded again in the backward pass. Batch norm
-      then normalises within a chunk (both views of its images), and the running statistics average the chunks'.
+    microbatch: see `in_chunks`; batch norm then normalises over both views of a chunk's images.
   """
   network = Network(encoder, projector)
 
   def forward(params, batch_stats, views):
     """[2, b, h, w, c] -> projections [2, b, d] and the new running statistics."""
     chex.assert_shape(views, (2, None, None, None, None))
-
-    def encode(images):
-      variables = {"params": params, "batch_stats": batch_stats}
-      z, changed = network.apply(variables, images, train=True, mutable=["batch_stats"])
-      return z, changed.get("batch_stats", {})
-
-    if microbatch is None:
-      z, changed = encode(rearrange(views, "v b h w c -> (v b) h w c"))
-      return rearrange(z, "(v b) d -> v b d", v=2), changed
-    chunk = microbatch // (lax.axis_size(axis_name) if axis_name else 1)
-    chunks = rearrange(views, "v (n m) h w c -> n (v m) h w c", m=chunk)
-    z, changed = lax.map(jax.checkpoint(encode), chunks)
-    return rearrange(z, "n (v m) d -> v (n m) d", v=2), jax.tree.map(lambda x: jnp.mean(x, axis=0), changed)
+    variables = {"params": params, "batch_stats": batch_stats}
+    images = rearrange(views, "v b h w c -> (v b) h w c")
+    z, changed = network.apply(variables, images, train=True, mutable=["batch_stats"])
+    return rearrange(z, "(v b) d -> v b d", v=2), changed.get("batch_stats", {})
 
   def init(key, views):
     variables = network.init(key, views[0][0], train=True)
@@ -77,7 +65,8 @@ def simclr(
 
   def loss(params, state, views, keys, step):
     del keys, step  # No dropout, no schedule.
-    z, batch_stats = forward(params, state.batch_stats, views[0])
+    encode = functools.partial(forward, params, state.batch_stats)
+    z, batch_stats = in_chunks(encode, views[0], microbatch, axis_name)
     value = nt_xent(z[0], z[1], temperature=temperature, axis_name=axis_name)
     embedding = rearrange(z, "v b d -> b v d")
     return 2 * value, Aux({"loss": value}, averages=batch_stats, examples={"embedding": embedding})

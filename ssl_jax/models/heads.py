@@ -153,6 +153,23 @@ class PredictorNetwork(nn.Module):
     return self.projector(self.encoder(images, train=train), train=train)
 
 
+def view_by_view(
+  network: nn.Module, params: Any, batch_stats: Any, method: str | None, views: jax.Array
+) -> tuple[Any, Any]:
+  """Applies a network to [v, b, h, w, c] in one training pass a view, so that batch norm sees the views apart.
+
+  Returns:
+    (outputs [v, b, ...], the running statistics after the last view).
+  """
+  outputs = []
+  for view in views:
+    variables = {"params": params, "batch_stats": batch_stats}
+    output, changed = network.apply(variables, view, train=True, mutable=["batch_stats"], method=method)
+    outputs.append(output)
+    batch_stats = changed.get("batch_stats", {})
+  return jax.tree.map(lambda *x: jnp.stack(x), *outputs), batch_stats
+
+
 def without_predictor(tree):
   """The part of parameters or batch statistics that the slow copy has."""
   return {name: part for name, part in tree.items() if name != "predictor"}

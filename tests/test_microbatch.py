@@ -1,0 +1,145 @@
+"""Microbatches of every method: the gradient of the whole batch, and how batch norm changes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import train
+from ssl_jax import augment, parallel
+from ssl_jax.methods import byol, dino, mae, moco, simclr
+from ssl_jax.methods.base import AXIS
+from ssl_jax.models import heads, norm, vit
+from ssl_jax.models.mae import MAEDecoder
+
+TWO = 2 * (augment.View(size=12, jitter=(0.4, 0.4, 0.0, 0.0)),)
+VIEWS = {
+  "simclr": TWO,
+  "moco": TWO,
+  "moco_v3": TWO,
+  "byol": TWO,
+  "mae": (augment.View(size=12),),
+  "dino": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
+}
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 14, 14, 1), dtype=np.uint8)
+
+
+class Encoder(heads.nn.Module):
+  """A linear layer on the mean of the columns, with batch norm or without: any image size."""
+
+  batch_norm: bool = False
+
+  @heads.nn.compact
+  def __call__(self, x, *, train):
+    x = heads.nn.Dense(6)(jnp.mean(x, axis=(1, 3))[:, :8])
+    if self.batch_norm:
+      x = norm.BatchNorm(AXIS)(x, train)
+    return jnp.tanh(x)
+
+
+class Head(heads.nn.Module):
+  @heads.nn.compact
+  def __call__(self, x, *, train):
+    return heads.nn.Dense(5)(x)
+
+
+def make(name, microbatch, batch_norm=False):
+  encoder, rate = Encoder(batch_norm), optax.constant_schedule(0.1)
+  over = dict(axis_name=AXIS)
+  if name == "simclr":
+    return simclr.simclr(encoder, Head(), temperature=0.5, microbatch=microbatch, **over)
+  if name == "moco":
+    return moco.moco(encoder, Head(), queue_size=12, temperature=0.5, key_rate=rate, **over)
+  if name == "moco_v3":
+    parts = encoder, Head(), Head()
+    return moco.moco_v3(*parts, temperature=0.5, momentum_rate=rate, microbatch=microbatch, **over)
+  if name == "byol":
+    return byol.byol(encoder, Head(), Head(), target_rate=rate)
+  if name == "mae":
+    tiny = vit.ViT(patch_size=4, dim=8, depth=1, heads=2, image_size=12, positions="column_first")
+    return mae.mae(tiny, MAEDecoder(16, dim=8, depth=1, heads=2))
+  head = heads.DINOHead(hidden=8, bottleneck=4, prototypes=9)
+  return dino.dino(encoder, head, teacher_temperature=optax.constant_schedule(0.04), teacher_rate=rate)
+
+
+def one_step(name, devices, microbatch, batch_norm=False):
+  """(state after a step of gradient descent, metrics)."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+  method, optimizer = make(name, microbatch, batch_norm), optax.sgd(1.0)
+  with_axis = jax.vmap(lambda _: train.make_init(method, optimizer, VIEWS[name], (14, 14, 1), 0)(), axis_name=AXIS)
+  state = jax.device_put(jax.tree.map(lambda x: x[0], jax.jit(with_axis)(jnp.arange(1))), parallel.replicated(mesh))
+  step = parallel.compile_step(train.make_step(method, optimizer, VIEWS[name], 0, microbatch), mesh)
+  return jax.device_get(step(state, parallel.put_batch(mesh, {"image": IMAGES})))
+
+
+def assert_alike(got, want):
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    scale = max(float(np.max(np.abs(y))), 1e-2)  # what is zero but for rounding, as a bias before batch norm
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_without_batch_norm_a_step_by_microbatches_is_the_step_of_the_whole_batch(name):
+  want = one_step(name, 1, None)
+  for devices, microbatch in ((1, 2), (2, 4)):
+    assert_alike(one_step(name, devices, microbatch), want)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("name", ["byol", "moco_v3"])
+def test_with_batch_norm_a_chunk_is_normalised_apart_and_running_statistics_are_averaged(name):
+  whole, half = one_step(name, 1, None, True)[0], one_step(name, 1, 4, True)[0]
+  stats = [state.state.batch_stats["encoder"]["BatchNorm_0"] for state in (whole, half)]
+  np.testing.assert_allclose(stats[1]["mean"], stats[0]["mean"], rtol=1e-5, atol=1e-6)  # a mean of means
+  assert np.max(np.abs(stats[1]["var"] - stats[0]["var"])) > 1e-6  # but no mean of variances
+  kernels = [state.params["encoder"]["Dense_0"]["kernel"] for state in (whole, half)]
+  assert np.max(np.abs(kernels[0] - kernels[1])) > 1e-4
+
+
+def test_the_gradient_of_separable_chunks_is_the_mean_of_the_chunks_gradients():
+  method = make("byol", None, batch_norm=True)
+  views = (4 * jax.random.normal(jax.random.key(1), (2, 8, 12, 12, 1)),)
+
+  def gradient(params, state, views):
+    (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, views, None, 0)
+    return grads, aux
+
+  def both(_):
+    params, state = method.init(jax.random.key(0), views)
+
+    def chunk(images, positions):
+      del images
+      return gradient(params, state, (views[0][:, positions],))
+
+    got = parallel.accumulate(chunk, 4, AXIS)(jnp.zeros((8, 1)), jnp.arange(8))
+    halves = [chunk(None, jnp.arange(4) + first) for first in (0, 4)]
+    return got, halves
+
+  (grads, aux), halves = jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(both, axis_name=AXIS))(jnp.arange(1)))
+  (grads1, aux1), (grads2, aux2) = halves
+  mean = lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b)  # noqa: E731
+  assert_alike(grads, mean(grads1, grads2))
+  assert_alike(aux.averages, mean(aux1.averages, aux2.averages))
+  assert_alike(aux.metrics, mean(aux1.metrics, aux2.metrics))
+  np.testing.assert_allclose(aux.examples["embedding"][4:], aux2.examples["embedding"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mae", "moco_v3"])
+def test_a_microbatch_bounds_the_memory_of_the_step(name):
+  views = (augment.View(size=32),) * (1 if name == "mae" else 2)
+
+  def temporaries(microbatch):
+    encoder = vit.ViT(patch_size=4, dim=32, depth=2, heads=2, image_size=32, positions="column_first")
+    method, optimizer = mae.mae(encoder, MAEDecoder(48, dim=32, depth=1, heads=2)), optax.sgd(1.0)
+    if name == "moco_v3":
+      method = moco.moco_v3(
+        encoder, Head(), Head(), temperature=1.0, momentum_rate=lambda _: 0.1, axis_name=AXIS, microbatch=microbatch
+      )
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (AXIS,))
+    init = train.make_init(method, optimizer, views, (32, 32, 3), 0)
+    state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
+    step = parallel.compile_step(train.make_step(method, optimizer, views, 0, microbatch), mesh)
+    batch = {"image": jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8, sharding=parallel.split(mesh))}
+    return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(4) < temporaries(None) / 3
