@@ -59,9 +59,8 @@ def main() -> int:
 
   figures: dict[str, float | int] = {"step": restored.step}
   for k in ks:
-    score = evaluate.knn_accuracy(
-      bank_features, bank.labels, query_features, queries.labels, k=k, temperature=TEMPERATURE.value, exclude=exclude
-    )
+    settings = dict(k=k, temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
+    score = evaluate.knn_accuracy(bank_features, bank.labels, query_features, queries.labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
   (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -238,7 +238,7 @@ def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, st
     evaluate.features(plan.extractor, variables, x.images, config.batch_size, plan.mesh) for x in (bank, queries)
   ]
   settings = dict(k=config.knn.k, temperature=config.knn.temperature)
-  scores = evaluate.knn_accuracy(features[0], bank.labels, features[1], queries.labels, **settings)
+  scores = evaluate.knn_accuracy(features[0], bank.labels, features[1], queries.labels, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
   if step == 0:
     row |= evaluate.pixel_baselines(bank, queries, **settings)

@@ -1,5 +1,6 @@
 """What an encoder is worth: features, k-NN accuracy, and that of the pixels themselves."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from ssl_jax import augment, checkpoint, knn, methods, parallel
 from ssl_jax import config as configs
 from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Method
+from ssl_jax.methods.base import AXIS, Method
 
 
 def make_extractor(encoder: nn.Module, view: augment.EvaluationView, mesh: Mesh) -> Callable:
@@ -64,18 +66,33 @@ def knn_accuracy(
   k: int,
   temperature: float,
   exclude: np.ndarray | None = None,
+  mesh: Mesh | None = None,
 ) -> dict[str, float]:
-  """Top-1 and top-5 in percent: {"top1", "top5"}. See `knn.knn_predict`; `exclude` as there."""
-  scores = knn.knn_predict(
-    bank,
-    bank_labels,
-    queries,
-    k=k,
-    temperature=temperature,
-    num_classes=int(max(bank_labels.max(), labels.max())) + 1,
-    exclude=exclude,
-  )
-  return knn.accuracy(scores, labels, k=k)
+  """Top-1 and top-5 in percent: {"top1", "top5"}. See `knn.knn_predict`; `exclude` as there.
+
+  With a `mesh` each of its devices holds and searches its part of the bank; the answer is the same.
+  """
+  num_classes = int(max(bank_labels.max(), labels.max())) + 1
+  if mesh is None or mesh.size == 1:
+    settings: dict[str, Any] = dict(k=k, temperature=temperature, num_classes=num_classes, exclude=exclude)
+    return knn.accuracy(knn.knn_predict(bank, bank_labels, queries, **settings), labels, k=k)
+  knn.check_finite(bank=bank, queries=queries)
+  fill = -len(bank) % mesh.size
+  parts = jax.device_put(np.pad(bank, ((0, fill), (0, 0))), parallel.split(mesh))
+  part_labels = jax.device_put(np.pad(bank_labels, (0, fill), constant_values=-1), parallel.split(mesh))
+  exclude = np.full(len(queries), -1) if exclude is None else exclude
+  search = _sharded_search(mesh, min(k, len(bank)), temperature, num_classes)
+  return knn.accuracy(search(parts, part_labels, queries, exclude), labels, k=k)
+
+
+@functools.lru_cache(maxsize=8)  # one compilation for all evaluations of a run
+def _sharded_search(mesh, k, temperature, num_classes):
+  def search(bank, labels, queries, exclude):
+    settings = dict(k=k, temperature=temperature, num_classes=num_classes, axis_name=AXIS)
+    return knn.knn_predict(bank, labels, queries, exclude=exclude, **settings)
+
+  specs = P(AXIS), P(AXIS), P(), P()
+  return jax.jit(jax.shard_map(search, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
 
 
 def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: float) -> dict[str, float]:

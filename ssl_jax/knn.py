@@ -25,6 +25,7 @@ def knn_predict(
   num_classes: int | None = None,
   chunk_size: int | None = None,
   exclude: ArrayLike | None = None,
+  axis_name: str | None = None,
 ) -> jax.Array:
   """Scores each query by the weighted votes of its k nearest bank rows.
 
@@ -37,6 +38,8 @@ def knn_predict(
     num_classes: None: the largest label + 1 (not under `jax.jit`).
     chunk_size: bank rows compared at once; None: 8192. Similarities never take more than [1024, chunk_size + k].
     exclude: int [Q], a bank row that does not count for this query: itself, where the bank is evaluated on itself.
+    axis_name: mapped axis over which the bank is split into equal parts, in order; needs `num_classes`. Every device
+      gets the scores of all queries. Rows with a negative label, which fill a part up, do not vote.
 
   Returns:
     float32 [Q, C]: each class's share of the votes; rows sum to 1, or to 0 where all of the bank is excluded. Equal
@@ -59,14 +62,11 @@ def knn_predict(
     raise ValueError(f"temperature must be positive, got {temperature}.")
   if exclude is not None and np.shape(exclude) != queries.shape[:1]:
     raise ValueError(f"exclude must be [{queries.shape[0]}], one bank row a query, got {np.shape(exclude)}.")
-  for name, x in (("bank", bank), ("queries", queries)):
-    if not isinstance(x, jax.core.Tracer):
-      bad = int(np.sum(~np.isfinite(np.asarray(x)).all(axis=1)))
-      if bad:
-        raise ValueError(f"{name}: {bad} of {x.shape[0]} rows hold NaN or infinity.")
-  if k > bank.shape[0]:
-    warnings.warn(f"k={k} is more than the bank's {bank.shape[0]} rows; all of them vote.", stacklevel=2)
-    k = bank.shape[0]
+  check_finite(bank=bank, queries=queries)
+  rows = bank.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+  if k > rows:
+    warnings.warn(f"k={k} is more than the bank's {rows} rows; all of them vote.", stacklevel=2)
+    k = rows
   if num_classes is None:
     num_classes = int(np.max(np.asarray(bank_labels))) + 1
   if not isinstance(bank_labels, jax.core.Tracer):
@@ -75,15 +75,16 @@ def knn_predict(
       raise ValueError(f"bank_labels must be in [0, {num_classes}), got {lowest} to {highest}.")
   if exclude is None:
     exclude = jnp.full(queries.shape[:1], -1)
-  return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size or 8192)
+  return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size or 8192, axis_name)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size):
-  bank, queries = _unit(bank), _unit(queries)
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size, axis_name=None):
+  queries = _unit(queries)
   rows = bank.shape[0]
   chunk = min(chunk_size, rows)
   starts = jnp.arange(0, rows, chunk)
+  place = 0 if axis_name is None else lax.axis_index(axis_name) * rows  # of this part of the bank in the whole
 
   def one_block(block):
     block_queries, block_exclude = block
@@ -92,10 +93,10 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
       # The last chunk is moved back to fit; what it repeats is masked.
       first = jnp.minimum(start, rows - chunk)
       index = first + jnp.arange(chunk)
-      part = lax.dynamic_slice_in_dim(bank, first, chunk)
+      part = _unit(lax.dynamic_slice_in_dim(bank, first, chunk))  # here, and not a second bank
       similarity = jnp.matmul(block_queries, part.T, precision=lax.Precision.HIGHEST)
-      skip = (index < start) | (index == block_exclude[:, None])
-      similarity = jnp.where(skip, -jnp.inf, similarity)
+      skip = (index < start) | (lax.dynamic_slice_in_dim(bank_labels, first, chunk) < 0)
+      similarity = jnp.where(skip | (place + index == block_exclude[:, None]), -jnp.inf, similarity)
       # What was found before comes first: top_k keeps the lower row where similarities are equal.
       values = jnp.concatenate([best[0], similarity], axis=1)
       indices = jnp.concatenate([best[1], jnp.broadcast_to(index, similarity.shape)], axis=1)
@@ -105,12 +106,17 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
     n = block_queries.shape[0]
     nothing = jnp.full((n, k), -jnp.inf), jnp.zeros((n, k), starts.dtype)
     (similarity, neighbours), _ = lax.scan(nearer, nothing, starts)
+    labels = bank_labels[neighbours]
+    if axis_name is not None:  # the nearest of each part, in the order of the parts, then of all
+      everyone = [lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (similarity, labels)]
+      similarity, at = lax.top_k(everyone[0], k)
+      labels = jnp.take_along_axis(everyone[1], at, axis=1)
     # Only ratios of votes count: the nearest one's is 1, so that no temperature overflows.
     nearest = jnp.maximum(similarity[:, :1], -1.0)  # -inf where every row of the bank is excluded
     votes = jnp.exp((similarity - nearest) / temperature)
     votes = votes / jnp.maximum(jnp.sum(votes, axis=1, keepdims=True), 1e-30)
     scores = jnp.zeros((n, num_classes))
-    return scores.at[jnp.arange(n)[:, None], bank_labels[neighbours]].add(votes)
+    return scores.at[jnp.arange(n)[:, None], labels].add(votes)
 
   pad = -queries.shape[0] % min(_QUERY_BLOCK, queries.shape[0])
   blocks = (
@@ -118,6 +124,15 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
     jnp.pad(exclude, (0, pad)).reshape(-1, min(_QUERY_BLOCK, queries.shape[0])),
   )
   return lax.map(one_block, blocks).reshape(-1, num_classes)[: queries.shape[0]]
+
+
+def check_finite(**features: ArrayLike) -> None:
+  """Raises ValueError, with the argument's name, for arrays [n, d] that are not traced and hold NaN or infinity."""
+  for name, x in features.items():
+    if not isinstance(x, jax.core.Tracer):
+      finite = np.isfinite(np.asarray(x)).all(axis=1)
+      if not finite.all():
+        raise ValueError(f"{name}: {np.sum(~finite)} of {len(finite)} rows hold NaN or infinity.")
 
 
 def accuracy(scores: ArrayLike, labels: ArrayLike, *, k: int) -> dict[str, float]:

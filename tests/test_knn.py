@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import knn
+from ssl_jax import evaluate, knn
 from ssl_jax.knn import accuracy, knn_predict
 
 
@@ -84,7 +84,7 @@ def test_queries_of_more_than_one_block_are_each_answered_as_if_alone(monkeypatc
 
 
 @pytest.mark.parametrize("chunk_size", [1024, 8192])
-def test_memory_beyond_one_normalised_bank_is_bounded_by_the_chunk(chunk_size):
+def test_memory_beyond_the_bank_is_bounded_by_the_chunk(chunk_size):
   rows, d, k = 200_000, 384, 20
   shapes = [
     jax.ShapeDtypeStruct(shape, dtype)
@@ -92,9 +92,26 @@ def test_memory_beyond_one_normalised_bank_is_bounded_by_the_chunk(chunk_size):
   ]
   memory = knn._predict.lower(*shapes, 0.07, k, 10, chunk_size).compile().memory_analysis()
   block = 4 * 1024 * (chunk_size + k)
-  normalised = 4 * d * (rows + 10_240)
+  queries = 4 * d * 2 * 10_240  # normalised, padded
   # A few copies of a block's similarities (3.5 as measured), never [1024, rows] (781 MiB).
-  assert memory.temp_size_in_bytes < normalised + 5 * block
+  assert memory.temp_size_in_bytes < queries + 5 * block
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("rows", [7, 40])
+def test_a_bank_split_over_devices_gives_the_same_answer(mesh, devices, rows):
+  bank, labels, queries = draw(rows, queries=12)
+  bank[3] = bank[5] = bank[rows - 1]  # ties between parts
+  sharded = evaluate._sharded_search(mesh(devices), 6, 0.07, 4)
+  fill = -rows % devices
+  parts = np.pad(bank, ((0, fill), (0, 0))), np.pad(labels, (0, fill), constant_values=-1)
+  exclude = np.arange(12) % rows
+  want = knn_predict(bank, labels, queries, k=6, num_classes=4, exclude=exclude)
+  np.testing.assert_allclose(sharded(*parts, queries, exclude), want, rtol=2e-5, atol=1e-7)  # float32 / 0.07
+  score = evaluate.knn_accuracy(bank, labels, queries, np.arange(12) % 4, k=6, temperature=0.07, mesh=mesh(devices))
+  assert score == evaluate.knn_accuracy(bank, labels, queries, np.arange(12) % 4, k=6, temperature=0.07)
+  with pytest.raises(ValueError, match="queries: 12 of 12 rows"):
+    evaluate.knn_accuracy(bank, labels, queries * np.nan, labels[:1], k=6, temperature=0.07, mesh=mesh(devices))
 
 
 def test_more_neighbours_than_rows_are_all_rows_with_a_warning():
