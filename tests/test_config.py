@@ -206,6 +206,7 @@ VARIANTS = [
   *((path, ()) for path in RECIPES),
   *((by_name("moco_imagenet"), (version,)) for version in ("v1", "v3", "v3_vit")),
   *((by_name("dino_imagenet"), (version,)) for version in ("boost", "vit_base")),
+  (by_name("dino_quickstart"), ("vit",)),
   (by_name("simclr_imagenet"), ("v2",)),
 ]
 
