@@ -12,7 +12,6 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from ssl_jax import config as configs
 from ssl_jax import data, evaluate, parallel
 from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
@@ -47,20 +46,18 @@ def main() -> int:
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
-  extractor = evaluate.make_extractor(restored.encoder, configs.eval_view(config), mesh)
-  bank_features = evaluate.features(extractor, restored.variables, bank.images, batch_size, mesh)
+  extractor = evaluate.Extractor(restored.encoder, config, mesh, batch_size)
+  bank_features, bank_labels = extractor(restored.variables, bank)
   if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
     say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
-  query_features = (
-    bank_features if same else evaluate.features(extractor, restored.variables, queries.images, batch_size, mesh)
-  )
-  exclude = np.arange(len(bank.images)) if same else None
+  query_features, labels = (bank_features, bank_labels) if same else extractor(restored.variables, queries)
+  exclude = np.arange(len(bank_features)) if same else None
 
   figures: dict[str, float | int] = {"step": restored.step}
   for k in ks:
     settings = dict(k=k, temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
-    score = evaluate.knn_accuracy(bank_features, bank.labels, query_features, queries.labels, **settings)
+    score = evaluate.knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
   (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -61,8 +61,9 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, views, se
 
   def train_step(train, batch):
     step, params, state, opt_state = train
-    images = batch["image"]
-    positions = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
+    images = batch["image"]  # or, where they are streamed, the crops of each resolution
+    b = jax.tree.leaves(images)[0].shape[0]
+    positions = lax.axis_index(AXIS) * b + jnp.arange(b)
 
     def gradient(images, positions):
       keys = augment.example_keys(seed, step, positions)
@@ -106,7 +107,7 @@ class Plan(NamedTuple):
   init: Callable
   state: TrainState  # shapes, types and shardings
   train_step: Callable
-  extractor: Callable
+  extractor: evaluate.Extractor
   painter: Callable | None  # None: the method has no pictures
 
 
@@ -115,6 +116,8 @@ def make_plan(config) -> Plan:
   mesh = parallel.make_mesh()
   train_set = load(config, config.data.split)
   configs.check(config, images=len(train_set.images), devices=mesh.size)
+  if train_set.is_streamed:
+    data.stream.check_sample(train_set.images)
   test_set = load_test_set(config) if train_set.num_classes else None
   if test_set and min(train_set.labels.min(), test_set.labels.min()) < 0:
     test_set = None  # some images have no label
@@ -123,19 +126,24 @@ def make_plan(config) -> Plan:
   optimizer = optim.from_config(config, learning_rate, steps, steps_per_epoch)
   views = configs.views(config)
   module = methods.find(config.method.name)
+  channels = config.data.channels
+  image_shape = (views[0].size, views[0].size, channels) if train_set.is_streamed else train_set.images.shape[1:]
   try:
     method, encoder = module.from_config(config, steps, steps_per_epoch), module.make_encoder(config)
     init = jax.jit(
-      make_init(method, optimizer, views, train_set.images.shape[1:], config.seed),
+      make_init(method, optimizer, views, image_shape, config.seed),
       out_shardings=parallel.replicated(mesh),
     )
     state = parallel.abstract(init.eval_shape(), parallel.replicated(mesh))
     optim.check_rules(config, state.params)
     train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed, config.microbatch), mesh)
-    batch = parallel.abstract({"image": train_set.images[: config.batch_size]}, parallel.split(mesh))
-    train_step.trace(state, batch)
-    extractor = evaluate.make_extractor(encoder, configs.eval_view(config), mesh)
-    extractor.trace(method.encoder(state.params, state.state), batch["image"])
+    images: Any = jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8)
+    if train_set.is_streamed:
+      counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
+      images = tuple(jax.ShapeDtypeStruct((config.batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
+    train_step.trace(state, parallel.abstract({"image": images}, parallel.split(mesh)))
+    extractor = evaluate.Extractor(encoder, config, mesh, config.batch_size)
+    extractor.trace(method.encoder(state.params, state.state), test_set or train_set)
     painter = evaluate.make_painter(method, configs.eval_view(config)) if method.pictures else None
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
@@ -154,6 +162,7 @@ def main(config, workdir: pathlib.Path) -> int:
     if not (workdir / "config.json").is_file():
       raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
     configs.check_same(config, json.loads((workdir / "config.json").read_text()))
+    check_same_files(plan.train_set, workdir / "files.txt")
   restored = checkpoint.restore_newest(folder, plan.state._asdict(), say)
   start = restored[0] if restored else 0
   if start >= plan.last_step:
@@ -161,6 +170,7 @@ def main(config, workdir: pathlib.Path) -> int:
     return 0
   workdir.mkdir(parents=True, exist_ok=True)
   write_whole(workdir / "config.json", json.dumps(configs.to_json(config), indent=2) + "\n")
+  write_whole(workdir / "files.txt", plan.train_set.fingerprint)
   for line in describe(config, plan):
     say(line)
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
@@ -176,8 +186,10 @@ def main(config, workdir: pathlib.Path) -> int:
       evaluation(config, plan, writer, train, 0)
       draw_pictures(config, plan, writer, train, 0, workdir)
     clock = metrics.Clock(start, config.batch_size)
+    batches = read_batches(config, plan, start, workdir / "skipped.txt")
     for step in range(start + 1, plan.last_step + 1):
-      batch = {"image": plan.train_set.images[local_indices(config, len(plan.train_set.images), step - 1)]}
+      with clock.waiting():
+        batch = next(batches)
       train, row = plan.train_step(train, parallel.put_batch(plan.mesh, batch))
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
@@ -215,10 +227,11 @@ def describe(config, plan: Plan) -> list[str]:
   """What the user sees first."""
   params = plan.state.params
   encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
-  images = plan.train_set.images
+  images, name = plan.train_set.images, f"{plan.train_set.name} {plan.train_set.split}"
+  kind = "streamed" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
   lines = [
     f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
-    f"data: {plan.train_set.name} {plan.train_set.split}, {len(images):,} images of {list(images.shape[1:])}",
+    f"data: {name}, {len(images):,} images {kind}",
     f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
     f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
@@ -234,11 +247,9 @@ def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, st
     return None
   bank, queries = evaluate.thinned(plan.train_set, config.knn.bank_images), plan.test_set
   variables = plan.method.encoder(train.params, train.state)
-  features = [
-    evaluate.features(plan.extractor, variables, x.images, config.batch_size, plan.mesh) for x in (bank, queries)
-  ]
   settings = dict(k=config.knn.k, temperature=config.knn.temperature)
-  scores = evaluate.knn_accuracy(features[0], bank.labels, features[1], queries.labels, mesh=plan.mesh, **settings)
+  found = [*plan.extractor(variables, bank), *plan.extractor(variables, queries)]
+  scores = evaluate.knn_accuracy(*found, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
   if step == 0:
     row |= evaluate.pixel_baselines(bank, queries, **settings)
@@ -251,7 +262,7 @@ def draw_pictures(config, plan: Plan, writer: metrics.Writer, train: TrainState,
   """Writes pictures/<step>.png where the method has something to show."""
   if plan.painter is None:
     return
-  images = evaluate.thinned(plan.test_set or plan.train_set, PICTURES).images
+  images, _ = plan.extractor.pixels(evaluate.thinned(plan.test_set or plan.train_set, PICTURES))
   drawn = jax.device_get(plan.painter(train.params, train.state, images))
   path = workdir / "pictures" / f"{step:08d}.png"
   writer.show("pictures", metrics.draw_pictures(path, drawn, f"{config.method.name}, step {step}"), step)
@@ -266,12 +277,14 @@ def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, wai
       continue
     rate = clock.images_per_second(step)
     row = {"step": step, "epoch": step / plan.steps_per_epoch, "learning_rate": float(plan.learning_rate(step - 1))}
-    row |= {name: float(value) for name, value in values.items()} | {"images_per_second": rate}
+    row |= {name: float(value) for name, value in values.items()}
+    row |= {"images_per_second": rate, "input_share": clock.share}
     writer.write(row)
+    waits = f", {100 * clock.share:.0f} % of the time for input" if clock.share > 0.05 else ""
     left = metrics.format_duration((plan.last_step - step) * config.batch_size / rate)
     say(
       f"step {step}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {plan.chance:.2f})  "
-      f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s  {left} left"
+      f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{waits}  {left} left"
     )
     if warning := metrics.collapse_warning(row):
       say(f"warning: {warning}")
@@ -297,10 +310,39 @@ def load_test_set(config) -> data.Dataset | None:
   return load(config, split)
 
 
-def local_indices(config, images: int, step: int) -> np.ndarray:
-  """This process's examples of a step."""
+def read_batches(config, plan: Plan, start: int, skipped: pathlib.Path) -> Iterator[dict]:
+  """Yields {"image": ...}, this process's part of each step's batch: images, or crops where they are streamed.
+
+  Files that cannot be read are told once, and listed in `skipped`.
+  """
+  images, batch_size = plan.train_set.images, config.batch_size
   here = dict(process_index=jax.process_index(), process_count=jax.process_count())
-  return data.batch_indices(images, config.batch_size, config.seed, step, **here)
+  if not plan.train_set.is_streamed:
+    for step in range(start, plan.last_step):
+      yield {"image": images[data.batch_indices(len(images), batch_size, config.seed, step, **here)]}
+    return
+  told = set(skipped.read_text().splitlines()) if skipped.exists() else set()
+  read = dict(threads=configs.threads(config), workers=config.data.workers, start=start, stop=plan.last_step)
+  for batch in data.stream.batches(
+    images, configs.views(config), batch_size=batch_size, seed=config.seed, **read, **here
+  ):
+    for i in batch["wanted"][batch["wanted"] != batch["index"]]:
+      if images.name(i) not in told:
+        told.add(images.name(i))
+        if len(told) <= 10:
+          say(f"skipped {images.name(i)}, which cannot be read; all such are listed in {skipped}")
+        write_whole(skipped, "".join(f"{name}\n" for name in sorted(told)))
+    yield {"image": batch["image"]}
+
+
+def check_same_files(train_set: data.Dataset, path: pathlib.Path) -> None:
+  """Raises UserError if the folder has other files than when the run began: every step would see other images."""
+  then = path.read_text() if path.exists() else ""
+  if then != train_set.fingerprint:
+    raise UserError(
+      f"the images are not those that this run began with: {then or 'no folder'} then, now {train_set.fingerprint}. "
+      "Put the folder back as it was, or take another --workdir."
+    )
 
 
 def describe_nonfinite(step: int, values: dict, train: TrainState) -> str:

@@ -1,10 +1,10 @@
 """BYOL, ResNet-50, ImageNet-1k (Grill et al., 2020, arXiv:2006.07733, section 3 and appendix J).
 
-  python train.py --config=configs/byol_imagenet.py:300 --config.data.data_dir=D     40, 100, 300 or 1000 epochs
+  python train.py --config=configs/byol_imagenet.py:300 --config.data.folder=DIR     40, 100, 300 or 1000 epochs
 
 Published, linear evaluation: 72.5 % at 300 epochs, 74.3 % at 1000. Views are torchvision's; the official ones are
-TensorFlow's (additive brightness, contrast by channel), and the ResNet pads as torchvision's, not as haiku's. Only data
-sets of one image size that fit in 4 GiB are read yet.
+TensorFlow's (additive brightness, contrast by channel), and the ResNet pads as torchvision's, not as haiku's. DIR
+holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
@@ -23,7 +23,7 @@ def get_config(epochs="1000"):
   config.batch_size = 4096
   config.dtype = "bfloat16"
   config.data.name = "imagenet2012"
-  config.data.test_split = "validation"
+  config.data.test_split = "val"
   config.encoder = dict(name="resnet50")
   config.method = dict(name="byol", target_momentum=momentum, mlp=dict(hidden=4096, features=256))
   view = dict(size=224, scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)

@@ -1,10 +1,10 @@
 """DINO, ViT-S/16, ImageNet-1k (Caron et al., 2021, arXiv:2104.14294, and the commands of the official README).
 
-  python train.py --config=configs/dino_imagenet.py --config.data.data_dir=D            100 epochs, batch 512
-  python train.py --config=configs/dino_imagenet.py:boost --config.data.data_dir=D      300 epochs, batch 1024
-  python train.py --config=configs/dino_imagenet.py:vit_base --config.data.data_dir=D   ViT-B/16, 400 epochs
+  python train.py --config=configs/dino_imagenet.py --config.data.folder=DIR            100 epochs, batch 512
+  python train.py --config=configs/dino_imagenet.py:boost --config.data.folder=DIR      300 epochs, batch 1024
+  python train.py --config=configs/dino_imagenet.py:vit_base --config.data.folder=DIR   ViT-B/16, 400 epochs
 
-Published, k-NN: 69.3 %, 73.3 % and 76.1 %. Only data sets of one image size that fit in 4 GiB are read yet.
+Published, k-NN: 69.3 %, 73.3 % and 76.1 %. DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
@@ -18,7 +18,7 @@ def get_config(version="vanilla"):
   config.batch_size = 512
   config.dtype = "bfloat16"
   config.data.name = "imagenet2012"
-  config.data.test_split = "validation"
+  config.data.test_split = "val"
   config.encoder = dict(name="vit_small", patch_size=16, drop_path=0.1)
   head = dict(hidden=2048, bottleneck=256, prototypes=65536, train_gain=False)
   config.method = dict(name="dino", head=head, student_temperature=0.1, center_momentum=0.9, teacher_momentum=0.996)

@@ -1,9 +1,9 @@
 """MAE, ImageNet-1k, 800 epochs (He et al., 2021, arXiv:2111.06377, appendix A).
 
-  python train.py --config=configs/mae_imagenet.py:base --config.data.data_dir=D     base, large or huge
+  python train.py --config=configs/mae_imagenet.py:base --config.data.folder=DIR     base, large or huge
 
 Learning rate 1.5e-4 * 4096 / 256 = 2.4e-3. Published at 1600 epochs: fine-tuning 83.6 / 85.9 / 86.9 %, linear
-67.8 / 76.0 / 77.2 %. Only data sets of one image size that fit in 4 GiB are read yet.
+67.8 / 76.0 / 77.2 %. DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
@@ -17,7 +17,7 @@ def get_config(size="base"):
   config.batch_size = 4096
   config.dtype = "bfloat16"
   config.data.name = "imagenet2012"
-  config.data.test_split = "validation"
+  config.data.test_split = "val"
   config.encoder = dict(name=f"vit_{size}", patch_size=14 if size == "huge" else 16)
   config.method = dict(name="mae", mask_ratio=0.75, normalize_target=True, decoder=dict(dim=512, depth=8, heads=16))
   config.views = (dict(size=224, scale=(0.2, 1.0), interpolation="bicubic", flip=0.5, mean=MEAN, std=STD),)

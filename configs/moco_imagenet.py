@@ -1,13 +1,13 @@
 """MoCo on ImageNet-1k, versions 1, 2 and 3.
 
-  python train.py --config=configs/moco_imagenet.py:v2 --config.data.data_dir=D     v1, v2 (the default), v3, v3_vit
+  python train.py --config=configs/moco_imagenet.py:v2 --config.data.folder=DIR     v1, v2 (the default), v3, v3_vit
 
 v1, v2 (arXiv:1911.05722, arXiv:2003.04297): ResNet-50, 200 epochs, batch 256 as 8 groups of 32. Published, linear
 evaluation: 60.8 % and 67.5 %. v3 (arXiv:2104.02057): ResNet-50, 100 epochs, batch 4096, LARS, 68.9 %; v3_vit: ViT-S/16
 with 12 heads, 300 epochs, AdamW, 73.2 %.
 
 The learning rate of v1 and v2 is not scaled with the batch. In v1's official transform gray comes before the jitter and
-the jitter is never left out; here it comes after. Only data sets of one image size that fit in 4 GiB are read yet.
+the jitter is never left out; here it comes after. DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def get_config(version="v2"):
   config = configs.base()
   config.data.name = "imagenet2012"
-  config.data.test_split = "validation"
+  config.data.test_split = "val"
   config.eval_view.update(resize=256, size=224, mean=MEAN, std=STD)
   config.dtype = "bfloat16"
   config.no_decay = ()

@@ -1,14 +1,14 @@
 """SimCLR, ResNet-50, ImageNet-1k, 100 epochs (Chen et al., 2020, arXiv:2002.05709, sections 2 and 3).
 
-  python train.py --config=configs/simclr_imagenet.py --config.data.data_dir=D        version 1
-  python train.py --config=configs/simclr_imagenet.py:v2 --config.data.data_dir=D     version 2, arXiv:2006.10029
+  python train.py --config=configs/simclr_imagenet.py --config.data.folder=DIR        version 1
+  python train.py --config=configs/simclr_imagenet.py:v2 --config.data.folder=DIR     version 2, arXiv:2006.10029
 
 Learning rate 0.3 * 4096 / 256 = 4.8. The paper's other backbones: --config.encoder.name=resnet101 or resnet152,
 --config.encoder.width=2. Published, linear evaluation: v1 69.1 % at 1000 epochs (about 64.5 % at 100, with the official
 README's weight decay of 1e-4 and square-root scaling); v2 without its momentum encoder 71.1 % at 800. Version 2 here is
 its deeper projector and its schedule; selective kernels and the momentum encoder are not in it.
 
-Only data sets of one image size that fit in 4 GiB are read yet.
+DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
@@ -20,7 +20,7 @@ def get_config(version="v1"):
   config.batch_size = 4096  # global
   config.dtype = "bfloat16"
   config.data.name = "imagenet2012"
-  config.data.test_split = "validation"
+  config.data.test_split = "val"
   config.encoder = dict(name="resnet50", width=1.0)
   config.method = dict(name="simclr", temperature=0.1, projector=dict(layers=2, features=128))
   view = dict(size=224, scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)

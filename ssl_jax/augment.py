@@ -79,33 +79,49 @@ def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
   return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
 
 
-def make_views(keys: jax.Array, images: jax.Array, views: Sequence[View]) -> tuple[jax.Array, ...]:
+def make_views(
+  keys: jax.Array, images: jax.Array | tuple[jax.Array, ...], views: Sequence[View]
+) -> tuple[jax.Array, ...]:
   """Draws every view of every image.
 
   Args:
     keys: typed keys [b], one an example (`example_keys`).
-    images: uint8 [b, H, W, C].
+    images: uint8 [b, H, W, C]; or, where the crops are cut already (`ssl_jax.data.stream`), a tuple of uint8
+      [b, v, size, size, C], one a resolution in order of first appearance.
     views: descriptions. View i of an example depends on its key and i only.
 
   Returns:
     A tuple with one float32 [v, b, size, size, C] array a resolution, in order of first appearance.
   """
-  planar = jnp.moveaxis(images, -1, 1).astype(jnp.float32) / 255
+  by_size = by_resolution(views)
+  is_cut = isinstance(images, tuple)
+  planar = jax.tree.map(lambda x: jnp.moveaxis(x, -1, -3).astype(jnp.float32) / 255, images)
   drawn: dict[int, jax.Array] = {}
   for view in dict.fromkeys(views):  # Equal descriptions are one computation over (view, example).
     indices = [i for i, other in enumerate(views) if other == view]
+    own = planar
+    if is_cut:
+      crops = planar[list(by_size).index(view.size)]  # [b, v, C, size, size]
+      own = jnp.stack([crops[:, by_size[view.size].index(i)] for i in indices])
 
     def one(key, image, i, view=view):
-      return apply_view(jax.random.fold_in(key, i), image, view)
+      return apply_view(jax.random.fold_in(key, i), image, view, is_cut=is_cut)
 
-    batch = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)), in_axes=(None, None, 0))
-    drawn.update(zip(indices, jnp.moveaxis(batch(keys, planar, jnp.array(indices)), 2, -1), strict=True))
-  sizes = dict.fromkeys(view.size for view in views)
-  return tuple(jnp.stack([drawn[i] for i, view in enumerate(views) if view.size == size]) for size in sizes)
+    batch = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)), in_axes=(None, 0 if is_cut else None, 0))
+    drawn.update(zip(indices, jnp.moveaxis(batch(keys, own, jnp.array(indices)), 2, -1), strict=True))
+  return tuple(jnp.stack([drawn[i] for i in indices]) for indices in by_size.values())
 
 
-def apply_view(key: jax.Array, image: jax.Array, view: View) -> jax.Array:
-  """One view of one planar image: float [C, H, W] in [0, 1] -> float [C, size, size]."""
+def by_resolution(views: Sequence[View]) -> dict[int, list[int]]:
+  """The numbers of the views of each size, in order of first appearance."""
+  sizes: dict[int, list[int]] = {}
+  for i, view in enumerate(views):
+    sizes.setdefault(view.size, []).append(i)
+  return sizes
+
+
+def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = False) -> jax.Array:
+  """One view of one planar image: float [C, H, W] in [0, 1] -> float [C, size, size]; `is_cut`: it is the crop."""
   # One draw of uniforms serves all decisions: a threefry call costs more to compile than everything it decides.
   u = jax.random.uniform(key, (2 * _TRIES + 16,))
   box_draws, flip_draw, jitter_draws, gray_draw, sigma_draw, blur_draw, solarize_draw = (
@@ -118,10 +134,14 @@ def apply_view(key: jax.Array, image: jax.Array, view: View) -> jax.Array:
     u[35],
   )
 
-  _, height, width = image.shape
-  box = crop_box(box_draws, (height, width), view.scale, view.ratio)
-  image = resized_crop(image, box, view.size, view.interpolation, flip=flip_draw < view.flip)
-  image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
+  flip = flip_draw < view.flip
+  if is_cut:
+    image = jnp.where(flip, image[:, :, ::-1], image)
+  else:
+    _, height, width = image.shape
+    box = crop_box(box_draws, (height, width), view.scale, view.ratio)
+    image = resized_crop(image, box, view.size, view.interpolation, flip=flip)
+    image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
   if any(view.jitter):
     strengths = view.jitter[:3]
     factors = [_between(d, max(0.0, 1 - s), 1 + s) for d, s in zip(jitter_draws[:3], strengths, strict=True)]

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ssl_jax.errors import UserError
 
 # What may change between the runs of one workdir: none of it changes a number of the training.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
-FREE_PREFIXES = ("data.data_dir", "knn.", "eval_view.")
+FREE_PREFIXES = ("data.data_dir", "data.threads", "data.workers", "knn.", "eval_view.")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -34,6 +35,8 @@ def base() -> ml_collections.ConfigDict:
   config.data.split = "train"
   config.data.test_split = "test"
   config.data.channels = 3
+  config.data.threads = config_dict.placeholder(int)  # that decode streamed images; None: one a core
+  config.data.workers = 0  # processes that decode in place of this one
 
   config.eval_view = ml_collections.ConfigDict()
   config.eval_view.resize = config_dict.placeholder(int)
@@ -82,6 +85,12 @@ def _check_view(name: str, view: augment.View) -> None:
 def eval_view(config: Any) -> augment.EvaluationView:
   """The recipe's evaluation view."""
   return augment.EvaluationView(**_with_tuples(config.eval_view))
+
+
+def threads(config: Any) -> int:
+  """How many threads decode streamed images."""
+  given = config.data.get("threads")  # runs of older versions have none
+  return (os.cpu_count() or 1) if given is None else given
 
 
 def _with_tuples(mapping: Any) -> dict[str, Any]:

@@ -17,34 +17,77 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax import augment, checkpoint, knn, methods, parallel
 from ssl_jax import config as configs
-from ssl_jax.data import Dataset
+from ssl_jax.data import Dataset, stream
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import AXIS, Method
 
 
-def make_extractor(encoder: nn.Module, view: augment.EvaluationView, mesh: Mesh) -> Callable:
-  """Compiles (variables, uint8 images [b, H, W, C] split over the mesh) -> float32 features [b, d], gathered."""
+class Extractor:
+  """Computes the features of a data set, on all devices of a mesh.
 
-  def extract(variables, images):
-    return encoder.apply(variables, augment.evaluation_view(images, view), train=False)
+  Images in memory take the evaluation view on the device. Streamed ones are resized and cropped on the host; where the
+  recipe has no size for them, to that of its first view, from 8/7 of it.
+  """
 
-  return parallel.compile_map(extract, mesh)
+  def __init__(self, encoder: nn.Module, config: Any, mesh: Mesh, batch_size: int):
+    self.view, self.mesh, self.batch_size = configs.eval_view(config), mesh, batch_size
+    self.threads = configs.threads(config)
+    size = self.size = self.view.size or int(config.views[0]["size"])
+    self.host_view = self.view._replace(size=size, resize=self.view.resize or round(size * 8 / 7))
 
+    def compiled(view):
+      return parallel.compile_map(
+        lambda variables, images: encoder.apply(variables, augment.evaluation_view(images, view), train=False), mesh
+      )
 
-def features(extractor: Callable, variables: Any, images: np.ndarray, batch_size: int, mesh: Mesh) -> np.ndarray:
-  """Features float32 [n, d] of uint8 images [n, H, W, C], `batch_size` at a time; the last batch is filled up."""
-  out = []
-  for start in range(0, len(images), batch_size):
-    part = images[start : start + batch_size]
-    filled = np.concatenate([part, np.repeat(part[:1], batch_size - len(part), axis=0)])
-    out.append(np.asarray(extractor(variables, parallel.put_batch(mesh, filled)))[: len(part)])
-  return np.concatenate(out)
+    self.whole = compiled(self.view)
+    self.cut = compiled(self.view._replace(resize=None, size=None))
+
+  def trace(self, variables: Any, dataset: Dataset) -> None:
+    """Raises what is wrong with the shapes, before anything is compiled."""
+    shape = (self.batch_size, *self.image_shape(dataset))
+    images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=parallel.split(self.mesh))
+    (self.cut if dataset.is_streamed else self.whole).trace(variables, images)
+
+  def image_shape(self, dataset: Dataset) -> tuple[int, ...]:
+    """Of the arrays that go to the device: (H, W, C)."""
+    if dataset.is_streamed:
+      return self.size, self.size, dataset.images.channels
+    return dataset.images.shape[1:]
+
+  def pixels(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """What goes to the device, all of it, uint8 [n, H, W, C], and the labels [n]; for a few images."""
+    parts = [(images[keep], labels) for images, labels, keep in self._batches(dataset)]
+    return np.concatenate([x for x, _ in parts]), np.concatenate([x for _, x in parts])
+
+  def __call__(self, variables: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(features float32 [n, d], labels [n]), without images that cannot be read."""
+    extract = self.cut if dataset.is_streamed else self.whole
+    features, labels = [], []
+    for images, known, keep in self._batches(dataset):
+      features.append(np.asarray(extract(variables, parallel.put_batch(self.mesh, images)))[keep])
+      labels.append(known)
+    return np.concatenate(features), np.concatenate(labels)
+
+  def _batches(self, dataset):
+    """Yields (images [batch_size, H, W, C], labels of those that count, which count)."""
+    size, n = self.batch_size, len(dataset.images)
+    if dataset.is_streamed:
+      read = stream.evaluation_batches(dataset.images, self.host_view, size, self.threads)
+    else:
+      read = (
+        (np.take(dataset.images, np.arange(i, i + size), axis=0, mode="clip"), np.arange(i, i + size) < n)
+        for i in range(0, n, size)
+      )
+    for i, (images, keep) in enumerate(read):
+      labels = np.resize(dataset.labels[i * size : (i + 1) * size], size)
+      yield images, labels[keep], keep
 
 
 def make_painter(method: Method, view: augment.EvaluationView) -> Callable:
   """Compiles (params, state, uint8 images [n, H, W, C]) -> the method's pictures, images back in [0, 1].
 
-  The same images get the same random numbers whenever they are drawn.
+  The same images get the same random numbers whenever they are drawn. `view` normalises; it does not resize.
   """
   mean, std = np.array(view.mean or 0.0), np.array(view.std or 1.0)
 
@@ -98,7 +141,8 @@ def _sharded_search(mesh, k, temperature, num_classes):
 def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: float) -> dict[str, float]:
   """Top-1 in percent of k-NN on the pixels themselves: raw, centred and standardised by the bank's statistics.
 
-  Also of guessing the most frequent class. Images larger than 64x64 are left out: the pixels would fill the memory.
+  Also of guessing the most frequent class. Images that are streamed or larger than 64x64 are left out: the pixels would
+  fill the memory.
   """
 
   def flat(dataset):
@@ -106,7 +150,7 @@ def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: flo
 
   counts = np.bincount(bank.labels)
   out = {"guessing_top1": float(100 * np.sum(queries.labels == np.argmax(counts)) / len(queries.labels))}
-  if bank.images[0].size > 64 * 64 * 3:
+  if bank.is_streamed or queries.is_streamed or bank.images[0].size > 64 * 64 * 3:
     return out
   a, b = flat(bank), flat(queries)
   mean, std = a.mean(axis=0), a.std(axis=0)
@@ -127,7 +171,8 @@ def thinned(dataset: Dataset, count: int) -> Dataset:
   if len(dataset.images) <= count:
     return dataset
   taken = np.arange(count) * len(dataset.images) // count
-  return dataset._replace(images=dataset.images[taken], labels=dataset.labels[taken])
+  images = dataset.images.take(taken) if dataset.is_streamed else dataset.images[taken]
+  return dataset._replace(images=images, labels=dataset.labels[taken])
 
 
 class Restored(NamedTuple):

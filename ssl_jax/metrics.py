@@ -1,10 +1,12 @@
 """What a run says about itself: collapse monitors, rows on disk, the curves."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -212,18 +214,28 @@ def nonfinite_leaf(tree: Any) -> str | None:
 
 
 class Clock:
-  """Images per second between two questions, leaving out what `restart` follows: compilation, evaluation, saving."""
+  """Images per second between two questions, leaving out what `restart` follows: compilation, evaluation, saving.
+
+  `share` is the share of that time that was spent `waiting` for input.
+  """
 
   def __init__(self, step: int, batch_size: int):
-    self.batch_size, self.rate = batch_size, 0.0
+    self.batch_size, self.rate, self.share = batch_size, 0.0, 0.0
     self.restart(step)
 
   def restart(self, step: int) -> None:
-    self.step, self.time = step, time.perf_counter()
+    self.step, self.time, self.waited = step, time.perf_counter(), 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self.waited += time.perf_counter() - start
 
   def images_per_second(self, step: int) -> float:
     """The rate since the last question or restart; the last one known if no step was taken since."""
     if step > self.step:
-      self.rate = (step - self.step) * self.batch_size / (time.perf_counter() - self.time)
+      elapsed = time.perf_counter() - self.time
+      self.rate, self.share = (step - self.step) * self.batch_size / elapsed, self.waited / elapsed
       self.restart(step)
     return self.rate

@@ -414,7 +414,7 @@ def test_views_are_equal_for_equal_seed_step_position_and_view_whatever_else_is_
       np.testing.assert_allclose(a, b[:, np.array(rows)], rtol=0, atol=PIXEL)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_views_are_equal_however_the_batch_is_split_over_devices(mesh, devices, optimised):
   images = draw_images(8)
 

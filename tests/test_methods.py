@@ -202,7 +202,7 @@ def test_maes_loss_is_its_parts(tiny_mae):
   gradient_free = jax.jit(method.loss)
   value, aux = gradient_free(params, state, drawn, KEYS[:4], 0)
   noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (16,)))(KEYS[:4])
-  np.testing.assert_allclose(value, loss(params, drawn[0][0], noise)[0], rtol=1e-6)
+  np.testing.assert_allclose(value, jax.jit(loss)(params, drawn[0][0], noise)[0], rtol=1e-6)
   assert aux.examples["embedding"].shape == (4, 1, 32)
   again, _ = gradient_free(params, state, drawn, KEYS[4:8], 0)
   assert again != value  # other keys, other masks

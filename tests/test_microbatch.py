@@ -86,7 +86,7 @@ def test_without_batch_norm_a_step_by_microbatches_is_the_step_of_the_whole_batc
     assert_alike(one_step(name, devices, microbatch), want)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("name", ["byol", "moco_v3"])
+@pytest.mark.parametrize("name", ["byol", pytest.param("moco_v3", marks=pytest.mark.slow)])
 def test_with_batch_norm_a_chunk_is_normalised_apart_and_running_statistics_are_averaged(name):
   whole, half = one_step(name, 1, None, True)[0], one_step(name, 1, 4, True)[0]
   stats = [state.state.batch_stats["encoder"]["BatchNorm_0"] for state in (whole, half)]
@@ -124,7 +124,7 @@ def test_the_gradient_of_separable_chunks_is_the_mean_of_the_chunks_gradients():
   np.testing.assert_allclose(aux.examples["embedding"][4:], aux2.examples["embedding"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mae", "moco_v3"])
+@pytest.mark.parametrize("name", [pytest.param("mae", marks=pytest.mark.slow), "moco_v3"])
 def test_a_microbatch_bounds_the_memory_of_the_step(name):
   views = (augment.View(size=32),) * (1 if name == "mae" else 2)
 

@@ -129,7 +129,8 @@ def assert_trained_alike(got, want, metrics, state):
     np.testing.assert_allclose(a, b, rtol=0, atol=state * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # test_all_methods takes single steps
+@pytest.mark.parametrize("devices", [2, 4])
 def test_training_is_the_same_on_any_number_of_devices(devices):
   one = trained("compile_step", 1)
   assert np.ptp([row["loss"] for row in one[0]]) > 0.01  # it moves

@@ -22,6 +22,7 @@ from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
+SLOW = pytest.mark.slow
 # 8 steps an epoch, 20 steps, a checkpoint every 4, an evaluation every 8.
 SMALL = {
   "data.split": "train[:512]",
@@ -39,8 +40,13 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-  """Compiled programs, shared by all runs of this file."""
-  return tmp_path_factory.mktemp("xla")
+  """Compiled programs, shared by all runs of this file, in both workers of pytest-xdist."""
+  return shared_folder(tmp_path_factory) / "xla"
+
+
+def shared_folder(tmp_path_factory):
+  base = tmp_path_factory.getbasetemp()
+  return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def command(script, workdir, *arguments, **overrides):
@@ -77,7 +83,8 @@ def final_state(workdir, step=20):
 def rows(workdir):
   """The metrics without what depends on the clock."""
   return [
-    {k: v for k, v in row.items() if k != "images_per_second"} for row in metrics.read_rows(workdir / "metrics.jsonl")
+    {k: v for k, v in row.items() if k not in ("images_per_second", "input_share")}
+    for row in metrics.read_rows(workdir / "metrics.jsonl")
   ]
 
 
@@ -96,9 +103,21 @@ def checksums(folder):
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, cache):
-  """A whole run: (workdir, what it printed)."""
-  workdir = tmp_path_factory.mktemp("unbroken") / "run"
-  return workdir, finish(start(cache, "train.py", workdir))
+  """A whole run: (workdir, what it printed). The first worker that asks makes it, another waits for it."""
+  folder = shared_folder(tmp_path_factory) / "unbroken"
+  workdir, printed = folder / "run", folder / "printed.txt"
+  try:
+    folder.mkdir()
+  except FileExistsError:
+    deadline = time.time() + 120
+    while not printed.exists():
+      assert time.time() < deadline
+      time.sleep(0.1)
+  else:
+    out = finish(start(cache, "train.py", workdir))
+    (folder / "scratch").write_text(out)
+    (folder / "scratch").rename(printed)
+  return workdir, printed.read_text()
 
 
 def test_a_run_tells_what_it_does_and_what_it_is_worth(unbroken):
@@ -222,9 +241,6 @@ def test_damaged_and_unfinished_checkpoints_are_skipped_with_a_word(unbroken, ca
   assert_same_run(workdir, unbroken[0])
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
   ("kind", "every_file"),
   [("half", False), *(pytest.param(kind, True, marks=SLOW) for kind in ("half", "flipped", "gone"))],
@@ -325,6 +341,7 @@ def small_config(**overrides):
   return config
 
 
+@SLOW
 def test_collapsed_features_are_told(cache, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(metrics, "COLLAPSED_STD", 10.0)  # any features are below this
   train.main(small_config(steps=9, stop_after_steps=2), tmp_path / "run")
@@ -347,8 +364,8 @@ def test_a_folder_without_labels_trains_without_knn(cache, tmp_path):
   assert not any("knn_top1" in row for row in rows(tmp_path / "run"))
 
 
-def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cache):
-  workdir, _ = unbroken
+def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cache, tmp_path):
+  workdir = shutil.copytree(unbroken[0], tmp_path / "run")
   out = finish(start(cache, "eval_knn.py", workdir, "--k=5,20"))
   figures = json.loads(out.splitlines()[-1])
   assert figures == json.loads((workdir / "knn.json").read_text())
@@ -357,8 +374,9 @@ def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cach
   assert (figures["step"], figures["k20_top1"], figures["k20_top5"]) == (20, last["knn_top1"], last["knn_top5"])
 
 
-def test_eval_knn_leaves_an_image_out_of_its_own_neighbours(unbroken, cache):
-  out = finish(start(cache, "eval_knn.py", unbroken[0], "--k=1", "--test_split=train[:512]", "--step=16"))
+def test_eval_knn_leaves_an_image_out_of_its_own_neighbours(unbroken, cache, tmp_path):
+  workdir = shutil.copytree(unbroken[0], tmp_path / "run")
+  out = finish(start(cache, "eval_knn.py", workdir, "--k=1", "--test_split=train[:512]", "--step=16"))
   assert json.loads(out.splitlines()[-1])["k1_top1"] < 95  # each image would find itself: 100
 
 

@@ -80,6 +80,7 @@ def test_official_vits(golden, name, model, images, key):
   assert error(model.apply(load(model), drawn, train=False), g[f"{name}/{key}"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_official_mae_vit_base(golden):
   g, name = golden("official_models"), "mae_vit_base_patch16/"
   encoder, decoder = vit.vit_base(patch_size=16, positions="column_first"), MAEDecoder(768)
@@ -118,16 +119,16 @@ def test_dinos_head_is_the_official_one(golden):
 def test_dropped_branches_are_a_function_of_the_uniforms():
   model = vit.ViT(patch_size=4, dim=12, depth=3, heads=3, image_size=8, drop_path=0.5)
   images = jax.random.normal(ONE, (4, 8, 8, 3))
-  variables = model.init(ONE, images, train=False)
-  whole = model.apply(variables, images, train=True)
-  drop = model.apply(variables, images, train=True, uniforms=jnp.zeros((3, 2, 4)))
+  variables = jax.jit(lambda: model.init(ONE, images, train=False))()
+  apply = jax.jit(lambda images, uniforms: model.apply(variables, images, train=True, uniforms=uniforms))
+  whole = jax.jit(lambda: model.apply(variables, images, train=True))()
+  drop = apply(images, jnp.zeros((3, 2, 4)))
   keep = jnp.ones((3, 2, 4)) - 1e-6
   assert not np.allclose(whole, drop)
   # All kept: each branch counts 1 / (1 - rate) times; the first block has rate 0 and the last 0.5.
-  assert not np.allclose(whole, model.apply(variables, images, train=True, uniforms=keep))
+  assert not np.allclose(whole, apply(images, keep))
   np.testing.assert_array_equal(vit.drop_mask(jnp.array([0.0, 0.49, 0.5, 0.99]), 0.5)[:, 0, 0], [0, 0, 2, 2])
-  one = model.apply(variables, images[:1], train=True, uniforms=keep[..., :1])
-  np.testing.assert_allclose(one, model.apply(variables, images, train=True, uniforms=keep)[:1], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(apply(images[:1], keep[..., :1]), apply(images, keep)[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_initialisation_is_each_papers():
@@ -167,6 +168,6 @@ def test_a_frozen_patch_embedding_takes_no_gradient():
   images = jax.random.normal(ONE, (2, 8, 8, 3))
   for frozen in (True, False):
     model = vit.ViT(**shape, frozen_patch_embed=frozen)
-    variables = model.init(ONE, images, train=False)
-    grads = jax.grad(lambda v, m=model: jnp.sum(m.apply(v, images, train=True) ** 3))(variables)["params"]
+    variables = jax.jit(lambda m=model: m.init(ONE, images, train=False))()
+    grads = jax.jit(jax.grad(lambda v, m=model: jnp.sum(m.apply(v, images, train=True) ** 3)))(variables)["params"]
     assert bool(np.any(grads["patch_embed"]["proj"]["kernel"])) != frozen

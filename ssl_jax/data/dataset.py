@@ -1,11 +1,11 @@
-"""Images in memory, and the order in which training visits them.
+"""A data set, and the order in which training visits its images.
 
 `batch_indices` is a pure function of (seed, step), so that a run resumes at its next example on any number of
 processes, and nothing of the input needs a checkpoint.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -14,21 +14,27 @@ from ssl_jax.errors import UserError
 
 
 class Dataset(NamedTuple):
-  """One split in memory.
+  """One split.
 
   Attributes:
-    images: uint8 [n, H, W, C].
+    images: uint8 [n, H, W, C] in memory; or what is read one by one (`stream.Images`).
     labels: int32 [n], -1 where there is none.
     num_classes: number of classes, 0 if the set has no labels.
     name: the name that it was loaded by.
     split: the split, or slice of one, that it was loaded by.
+    fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
   """
 
-  images: np.ndarray
+  images: Any
   labels: np.ndarray
   num_classes: int
   name: str
   split: str
+  fingerprint: str = ""
+
+  @property
+  def is_streamed(self) -> bool:
+    return not isinstance(self.images, np.ndarray)
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

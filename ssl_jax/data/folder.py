@@ -1,33 +1,66 @@
-"""A folder of images of one size, read into one array."""
+"""A folder of images, read in place: into one array where they fit and are of one size, one by one otherwise."""
 
+import dataclasses
 import os
 import pathlib
+import zlib
 
 import numpy as np
 import PIL.Image
 
-from ssl_jax.data.dataset import Dataset, check_channels, to_pixels
+from ssl_jax.data.dataset import Dataset, check_channels
+from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3) -> Dataset:
-  """Reads `folder/split/class/**` or, where there is no such split folder, `folder/class/**` or `folder/*`.
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Image files that are read one by one (see `stream.Images`).
 
-  Hidden files and folders and other files than images are left out. The order is that of the relative paths' bytes, so
-  that it does not depend on the file system or the locale. Images in no class folder have no labels.
+  Attributes:
+    root: the folder.
+    names: paths in it.
+    channels: of the arrays, see `read_image`.
+  """
+
+  root: str
+  names: list[str]
+  channels: int
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def read(self, i: int) -> np.ndarray:
+    return read_image(os.path.join(self.root, self.names[i]), self.channels)
+
+  def name(self, i: int) -> str:
+    return self.names[i]
+
+  def take(self, indices: np.ndarray) -> "Files":
+    return Files(self.root, [self.names[i] for i in indices], self.channels)
+
+
+def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max_bytes: int = 4 << 30) -> Dataset:
+  """Finds the images of `folder/split/class/**` or, where there is no such split folder, `folder/class/**`.
+
+  Hidden files and folders and other files than images are left out; links are followed. The order is that of the
+  relative paths' bytes, so that it does not depend on the file system or the locale. Images in no class folder have no
+  labels, and then none has.
 
   Args:
     folder: the root.
     split: "train", "test", or any folder in it.
-    channels: 3 or 1, as for `load`.
+    channels: 3, 1 or n, see `read_image`.
+    max_bytes: the largest array to allocate.
 
   Returns:
-    Dataset with images uint8 [n, H, W, channels].
+    Dataset. `images` is uint8 [n, H, W, channels] where all can be read, are of one size and fit in `max_bytes`, and
+    `Files` otherwise.
 
   Raises:
-    UserError: no folder, no images, an image that cannot be read, or images of different sizes.
+    UserError: no folder or no images.
   """
   check_channels(channels)
   root = pathlib.Path(folder).expanduser()
@@ -37,29 +70,61 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3) -> 
     root = root / split
   elif split != "train":
     raise UserError(f"data.folder: {root} has no folder {split!r}.")
-  paths = [p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()]
-  names = [p.relative_to(root) for p in paths]
-  names = sorted((n for n in names if not any(part.startswith(".") for part in n.parts)), key=os.fsencode)
+  names = find_images(root)
   if not names:
     raise UserError(f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)}).")
-  images = None
-  for i, name in enumerate(names):
-    try:
-      with PIL.Image.open(root / name) as image:
-        pixels = to_pixels(image, channels)
-    except (OSError, ValueError, SyntaxError) as error:
-      raise UserError(f"data.folder: {root / name} cannot be read ({error}). Mend or remove it.") from error
-    if images is None:
-      images = np.empty((len(names), *pixels.shape), np.uint8)
-    if pixels.shape != images.shape[1:]:
-      raise UserError(
-        f"data.folder: {root / name} is {pixels.shape[0]}x{pixels.shape[1]} and {root / names[0]} is "
-        f"{images.shape[1]}x{images.shape[2]}: only images of one size are read now."
-      )
-    images[i] = pixels
-  assert images is not None
-  classes = sorted({n.parts[0] for n in names if len(n.parts) > 1}, key=os.fsencode)
-  if any(len(n.parts) == 1 for n in names):
+  files = Files(str(root), names, channels)
+  parts = [name.split(os.sep, 1) for name in names]
+  classes = sorted({part[0] for part in parts if len(part) > 1}, key=os.fsencode)
+  if any(len(part) == 1 for part in parts):
     classes = []  # Some images have no class folder: none has a label.
-  labels = np.array([classes.index(n.parts[0]) if classes else -1 for n in names], np.int32)
-  return Dataset(images, labels, len(classes), str(folder), split)
+  number = {name: i for i, name in enumerate(classes)}
+  labels = np.array([number.get(part[0], -1) for part in parts], np.int32)
+  array = _in_memory(files, max_bytes)
+  fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
+  return Dataset(files if array is None else array, labels, len(classes), str(folder), split, fingerprint)
+
+
+def find_images(root: pathlib.Path) -> list[str]:
+  """The relative paths of all images under a folder, sorted by their bytes."""
+  names = []
+  top, seen = str(root), {os.path.realpath(root)}
+  for folder, folders, files in os.walk(top, followlinks=True):
+    kept = []
+    for name in folders:
+      real = os.path.realpath(os.path.join(folder, name))
+      if not name.startswith(".") and real not in seen:  # a link may lead back up
+        kept.append(name)
+        seen.add(real)
+    folders[:] = kept
+    prefix = os.path.relpath(folder, top)
+    for name in files:
+      if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+        names.append(name if prefix == "." else os.path.join(prefix, name))
+  return sorted(names, key=os.fsencode)
+
+
+def _in_memory(files, max_bytes):
+  """All images as one array; None where they do not fit, differ in size, or some cannot be read."""
+  size = None
+  for name in files.names:
+    try:
+      with PIL.Image.open(os.path.join(files.root, name)) as image:
+        found = image.size
+    except Exception:  # Whatever Pillow says, reading it one by one will say better.
+      return None
+    size = size or found
+    if found != size or size[0] * size[1] * files.channels * len(files) > max_bytes:
+      return None
+  images = None
+  for i in range(len(files)):
+    try:
+      pixels = files.read(i)
+    except ImageError:
+      return None
+    if images is None:
+      images = np.empty((len(files), *pixels.shape), np.uint8)
+    if pixels.shape != images.shape[1:]:  # turned by its EXIF orientation
+      return None
+    images[i] = pixels
+  return images

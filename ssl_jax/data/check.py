@@ -1,0 +1,84 @@
+"""Reads every image of a folder and says what training will find.
+
+  python -m ssl_jax.data.check DIR [--channels=3] [--threads=N] [--report=skipped.txt] [--strict]
+
+Prints how many images there are, of which sizes, which cannot be read and why, and the mean and standard deviation of
+each channel, for a recipe's `mean` and `std`. With --strict the exit status is 1 if any cannot be read.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from ssl_jax.data.folder import EXTENSIONS, Files, find_images
+from ssl_jax.data.image import ImageError
+
+
+def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarray, np.ndarray]:
+  """(what is wrong or None, shape, sums and sums of squares by channel in [0, 1]) of one image."""
+  try:
+    pixels = files.read(i)
+  except ImageError as error:
+    return str(error), (), np.zeros(files.channels), np.zeros(files.channels)
+  levels = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(files.channels)])
+  values = np.arange(256) / 255
+  return None, pixels.shape, levels @ values, levels @ values**2
+
+
+def main(arguments: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("folder", type=pathlib.Path)
+  parser.add_argument("--channels", type=int, default=3)
+  parser.add_argument("--threads", type=int, default=os.cpu_count())
+  parser.add_argument("--report", type=pathlib.Path, help="a file for the names of what cannot be read")
+  parser.add_argument("--strict", action="store_true")
+  args = parser.parse_args(arguments)
+  if not args.folder.is_dir():
+    parser.error(f"there is no folder {args.folder}")
+  files = Files(str(args.folder), find_images(args.folder), args.channels)
+  if not len(files):
+    parser.error(f"{args.folder} holds no images ({', '.join(EXTENSIONS)})")
+
+  bad: dict[str, str] = {}
+  sizes: collections.Counter = collections.Counter()
+  pixels, sums, squares, start = 0, np.zeros(args.channels), np.zeros(args.channels), time.time()
+  with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
+    for i, (reason, shape, s, q) in enumerate(pool.map(lambda i: examine(files, i), range(len(files)))):
+      if reason is None:
+        sizes[shape[1::-1]] += 1
+        pixels, sums, squares = pixels + shape[0] * shape[1], sums + s, squares + q
+      else:
+        bad[files.name(i)] = reason
+      if sys.stderr.isatty() and (i + 1) % 50 == 0:
+        rate = (i + 1) / (time.time() - start)
+        left = (len(files) - i - 1) / rate
+        print(f"\r{i + 1:,} of {len(files):,}, {rate:,.0f} a second, {left:.0f} s left ", end="", file=sys.stderr)
+  if sys.stderr.isatty():
+    print(file=sys.stderr)
+
+  print(f"{len(files):,} images, {len(bad):,} skipped{':' if bad else ''}")
+  reasons = collections.Counter(bad.values())
+  for reason, count in reasons.most_common(20):
+    names = [name for name, why in bad.items() if why == reason]
+    print(f"  {count:,} {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
+  if sizes:
+    common = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
+    print(f"{len(sizes):,} sizes, width x height: {common}{', ...' if len(sizes) > 5 else ''}")
+    mean = sums / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+    shown = [", ".join(f"{x:.4f}" for x in values) for values in (mean, std)]
+    print(f"mean ({shown[0]}), std ({shown[1]}), in [0, 1]")
+  if args.report:
+    args.report.write_text("".join(f"{name}\n" for name in sorted(bad)))
+    print(f"wrote {args.report}")
+  return 1 if not sizes or (args.strict and bad) else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,174 @@
+"""One image file, of whatever kind people's folders hold, as an array of bytes."""
+
+import io
+import os
+import re
+import threading
+import warnings
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageChops
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+MAX_PIXELS = 178_956_970  # where Pillow too sees an attack
+
+_READERS = (
+  (rb"\xff\xd8\xff", JpegImageFile),
+  (rb"\x89PNG\r\n\x1a\n", PngImageFile),
+  (rb"GIF8[79]a", GifImageFile),
+  (rb"RIFF....WEBP", WebPImageFile),
+  (rb"BM", BmpImageFile),
+  (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
+)
+_GREY = ("1", "L", "I;16", "I;16B", "I", "F")
+
+
+class ImageError(ValueError):
+  """An image that cannot be read; the text is the reason, in one line."""
+
+
+class _Muted(threading.local):
+  """A filter of `warnings` that ignores what this thread warns while it is on.
+
+  `warnings.catch_warnings` exchanges the filters of all threads, and puts old ones back if two threads overlap.
+  """
+
+  on = False
+
+  def match(self, text):
+    del text
+    return self.on
+
+
+_muted = _Muted()
+_MUTE: Any = ("ignore", _muted, Warning, None, 0)  # `warnings` asks `match` whether the text is meant.
+
+
+def read_image(source: str | os.PathLike | bytes, channels: int = 3) -> np.ndarray:
+  """Decodes a JPEG, PNG, GIF, WebP, BMP or TIFF, known by its first bytes and not by its name.
+
+  - Grey, 1-bit, palette, CMYK, YCbCr and LAB become grey or RGB. CMYK in a JPEG is inverted exactly if an Adobe
+    marker is there.
+  - Transparency, of any kind and in any format, is composited on white.
+  - 16 bits become 8 by v >> 8. Wider integers are clipped to [0, 65535] first.
+  - Floats are scaled by 255 if none is above 1, and clipped to [0, 255]. NaN is an error.
+  - The EXIF orientation is applied. EXIF data that cannot be read is ignored, and so are colour profiles.
+  - Of an animation or of several pages, the first counts.
+  - More than `MAX_PIXELS` pixels are an error, found in the header.
+
+  Args:
+    source: a path, or the bytes of a file.
+    channels: 3 is RGB (grey repeated). 1 is grey (colours to ITU-R 601 luma, as Pillow's mode L). Any other number
+      takes only images of exactly so many channels, as they are: grey with alpha, RGBA, CMYK, or the pages of a
+      TIFF, if all are grey and of one size and depth.
+
+  Returns:
+    uint8 [H, W, channels], maybe read-only.
+
+  Raises:
+    ImageError: for whatever is wrong with the file. Nothing else is raised or warned of.
+  """
+  path = source if isinstance(source, bytes) else os.fspath(source)  # What is no path is not the file's fault.
+  filters: Any = warnings.filters
+  if filters[:1] != [_MUTE]:
+    filters.insert(0, _MUTE)
+  _muted.on = True
+  try:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(path, "rb") as file:
+      return _decode(file, channels)
+  except ImageError:
+    raise
+  except PIL.Image.DecompressionBombError as error:  # WebP's and GIF's plugins look before they tell the size.
+    raise ImageError(f"too large: {error}") from error
+  except Exception as error:  # Pillow raises what it likes on damaged bytes.
+    if isinstance(error, OSError) and error.strerror:  # The system's: no such file, is a directory, ...
+      raise ImageError(error.strerror.lower()) from error
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    raise ImageError(f"truncated, damaged or of an unknown kind ({reason})") from error
+  finally:
+    _muted.on = False
+
+
+def _decode(file: BinaryIO, channels: int) -> np.ndarray:
+  start = file.read(32)
+  if not start:
+    raise ImageError("empty file")
+  reader: Any = next((reader for magic, reader in _READERS if re.match(magic, start, re.DOTALL)), None)
+  if reader is None:
+    raise ImageError("not an image: no JPEG, PNG, GIF, WebP, BMP or TIFF")
+  file.seek(0)
+  image = reader(file)  # PIL.Image.open would know many more formats, and run Ghostscript for one of them.
+  if image.width * image.height > MAX_PIXELS:
+    raise ImageError(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS}")
+  image.load()
+  try:
+    turn = image.getexif().get(PIL.ExifTags.Base.Orientation)  # None for a TIFF: `load` has turned it.
+  except Exception:
+    turn = None
+  if reader is PngImageFile and image.mode in ("L", "RGB") and "transparency" in image.info:
+    scale = {2: 85, 4: 17, 16: 1 / 256}.get(start[24], 1)  # Pillow scales the pixels, but not what is compared to them.
+    key = (np.asarray(image.info["transparency"]) * scale).astype(int).tolist()
+    image.info["transparency"] = tuple(key) if image.mode == "RGB" else key
+  if image.mode in ("La", "PA"):  # grey times alpha; a palette beside alpha
+    image = image.convert("LA" if image.mode == "La" else "RGBA")
+  if channels not in (1, 3):
+    paged = reader is TiffImageFile and image.mode in _GREY
+    held = image.n_frames if paged else len(image.getbands())
+    if held != channels:
+      raise ImageError(f"{held} channels, not {channels}")
+
+  if image.mode in _GREY:
+    pages = [np.asarray(image)]
+    kind = image.mode, image.size
+    for i in range(1, 1 if channels == 3 else channels):
+      image.seek(i)
+      if (image.mode, image.size) != kind:
+        raise ImageError(f"page {i + 1} is {image.mode} {image.size}, page 1 is {kind[0]} {kind[1]}")
+      pages.append(np.asarray(image))
+    values = np.stack(pages, axis=-1)
+    pixels = _to_uint8(values)
+    key = image.info.get("transparency")  # The one level that a PNG or GIF makes transparent.
+    if key is not None:
+      pixels = np.where(values == key, np.uint8(255), pixels)
+    if channels == 3:
+      pixels = np.repeat(pixels, 3, axis=-1)
+  else:
+    if image.mode == "CMYK" and reader is JpegImageFile and "adobe" not in image.info:
+      image = PIL.ImageChops.invert(image)  # Pillow has inverted it, as if the marker were there.
+    if channels in (1, 3):
+      if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+      if image.mode != "RGB":
+        image = image.convert("RGB")
+    pixels = np.asarray(image.convert("L"))[..., None] if channels == 1 else np.asarray(image)
+
+  if turn in (5, 6, 7, 8):
+    pixels = pixels.swapaxes(0, 1)
+  if turn in (2, 3, 6, 7):
+    pixels = pixels[:, ::-1]
+  if turn in (3, 4, 7, 8):
+    pixels = pixels[::-1]
+  return np.ascontiguousarray(pixels)
+
+
+def _to_uint8(values):
+  """Grey values of any type as uint8, by the rules of `read_image`."""
+  if values.dtype == bool:
+    return values * np.uint8(255)
+  if values.dtype.kind == "f":
+    if np.isnan(values).any():
+      raise ImageError("NaN among its pixels")
+    top = 1 if values.max() <= 1 else 255
+    return np.rint(np.clip(values, 0, top) * (255 // top)).astype(np.uint8)
+  if values.dtype != np.uint8:
+    return (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+  return values

@@ -1,0 +1,186 @@
+"""Images that do not fit in memory, or differ in size: decoded once, cropped on the host, finished on the device.
+
+Every batch is a pure function of (seed, step), computed by Grain's threads or worker processes ahead of the step that
+takes it. So nothing of the input is in a checkpoint, and a run resumes at its next example with any number of them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+import PIL.Image
+
+from ssl_jax.augment import EvaluationView, View, by_resolution
+from ssl_jax.data.dataset import batch_indices
+from ssl_jax.data.image import ImageError
+from ssl_jax.errors import UserError
+
+_SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
+
+
+class Images(Protocol):
+  """Images that are read one by one; may be sent to other processes."""
+
+  def __len__(self) -> int: ...
+
+  def read(self, i: int) -> np.ndarray:
+    """Image i, uint8 [H, W, C] of any size. Raises `ImageError` where it cannot be read."""
+    ...
+
+  def name(self, i: int) -> str:
+    """What image i is called, for people."""
+    ...
+
+
+def batches(
+  images: Images,
+  views: Sequence[View],
+  *,
+  batch_size: int,
+  seed: int,
+  start: int,
+  stop: int,
+  threads: int,
+  workers: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, Any]]:
+  """Yields this process's part of the batches of steps start to stop - 1.
+
+  Args:
+    images: the data set.
+    views: each view's crop is cut at the image's own resolution and resized as Pillow does; the rest of the view is the
+      device's (`augment.make_views`).
+    batch_size: global.
+    seed: of the order (`batch_indices`) and the crops, which depend on (seed, step, position, view) alone.
+    threads: that decode; 0 decodes in the caller's. In each worker, where there are workers.
+    workers: processes that decode; 0: none. Outside of absl's `app.run` call `absl.flags.FLAGS.mark_as_parsed()` first.
+
+  Yields:
+    {"image": tuple of uint8 [b, v, size, size, C], one a resolution, "index" int64 [b], "wanted" int64 [b]}. An image
+    that cannot be read is replaced by the next that can: "index" is what came and "wanted" what the order says.
+  """
+  local = batch_size // process_count
+
+  def example(i):
+    step, position = divmod(int(i), local)
+    order = batch_indices(len(images), batch_size, seed, step, process_index=process_index, process_count=process_count)
+    pixels, index = read_or_next(images, int(order[position]))
+    crops = cut_views(pixels, views, (seed, step, process_index * local + position))
+    return {"image": crops, "index": np.int64(index), "wanted": order[position]}
+
+  return _run(start * local, stop * local, example, local, threads, workers)
+
+
+def evaluation_batches(
+  images: Images, view: EvaluationView, batch_size: int, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields (uint8 [batch_size, size, size, C], bool [batch_size]: which could be read) over all images, in order.
+
+  The last batch is filled up with what counts as unreadable. `view.resize` and `view.size` are the host's work here.
+  """
+  n = len(images)
+  channels = read_or_next(images, 0)[0].shape[2]
+
+  def example(i):
+    try:
+      if i < n:
+        return centre_crop(images.read(int(i)), view), np.True_
+    except ImageError:
+      pass
+    return np.zeros((view.size, view.size, channels), np.uint8), np.False_
+
+  return _run(0, -(-n // batch_size) * batch_size, example, batch_size, threads, 0)
+
+
+def _run(start, stop, example, batch_size, threads, workers):
+  """Batches of example(i) for i from start to stop, in order, made ahead by threads or worker processes."""
+  dataset = grain.MapDataset.range(start, stop).map(example)
+  if workers:  # They take turns at whole batches: one message each.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=min(threads, 2))
+    iterated = dataset.batch(batch_size).to_iter_dataset(options)
+    return iter(iterated.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+  ahead = max(2 * threads, batch_size) if threads else 0
+  return iter(
+    dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)).batch(batch_size)
+  )
+
+
+def read_or_next(images: Images, index: int) -> tuple[np.ndarray, int]:
+  """(pixels, index) of the image at `index` or, where it cannot be read, of the next one that can.
+
+  Raises:
+    UserError: none can.
+  """
+  for i in range(index, index + len(images)):
+    try:
+      return images.read(i % len(images)), i % len(images)
+    except ImageError:
+      continue
+  raise UserError(f"none of the {len(images):,} images can be read.")
+
+
+def check_sample(images: Images) -> None:
+  """Tries evenly spaced images. Raises UserError where more than a tenth of them cannot be read."""
+  tried = np.unique(np.arange(_SAMPLE) * len(images) // _SAMPLE)
+  bad = []
+  for i in tried:
+    try:
+      images.read(int(i))
+    except ImageError as error:
+      bad.append(f"{images.name(int(i))}: {error}")
+  if len(bad) > _MOST_BAD * len(tried):
+    raise UserError(
+      f"{len(bad)} of {len(tried)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
+      "`python -m ssl_jax.data.check` lists all of them."
+    )
+
+
+def cut_views(pixels: np.ndarray, views: Sequence[View], entropy: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+  """The crops of all views of one image [H, W, C]: a tuple of uint8 [v, size, size, C], one a resolution."""
+  planes = _planes(pixels)
+  crops = []
+  for i, view in enumerate(views):
+    rng = np.random.default_rng((*entropy, i))
+    top, left, height, width = crop_box(rng, pixels.shape[:2], view.scale, view.ratio)
+    crops.append(_resized(planes, (left, top, left + width, top + height), (view.size, view.size), view.interpolation))
+  return tuple(np.stack([crops[i] for i in indices]) for indices in by_resolution(views).values())
+
+
+def crop_box(rng: np.random.Generator, image_size: tuple[int, ...], scale, ratio) -> tuple[int, int, int, int]:
+  """(top, left, height, width) of torchvision's RandomResizedCrop; `augment.crop_box` is the device's."""
+  height, width = image_size
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+  h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+  return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+
+
+def centre_crop(pixels: np.ndarray, view: EvaluationView) -> np.ndarray:
+  """Short side to `view.resize`, then the centre of `view.size`, as torchvision's Resize and CenterCrop."""
+  height, width = pixels.shape[:2]
+  short = min(height, width)
+  size = view.resize * height // short, view.resize * width // short
+  resized = _resized(_planes(pixels), (0, 0, width, height), size, view.interpolation)
+  top, left = (round((s - view.size) / 2) for s in size)
+  return resized[top : top + view.size, left : left + view.size]
+
+
+def _planes(pixels):
+  """Pillow images that make up [H, W, C]: one of 1 or 3 channels, or one a channel."""
+  if pixels.shape[2] == 3:
+    return [PIL.Image.fromarray(pixels)]
+  return [PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]
+
+
+def _resized(planes, box, size, interpolation):
+  """Crops, then resizes to (height, width): Pillow's own `resize(box=)` would read across the box's edge."""
+  resample = PIL.Image.Resampling[interpolation.upper()]
+  done = [np.asarray(plane.crop(box).resize(size[::-1], resample)) for plane in planes]
+  return done[0] if done[0].ndim == 3 else np.stack(done, axis=-1)

@@ -1,0 +1,311 @@
+"""Images that are read one by one: order, crops, what cannot be read, and a whole run on a folder of photographs."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import PIL.Image
+import pytest
+from absl import flags
+from test_augment import kolmogorov_smirnov
+from test_train import small_config
+
+import train
+from ssl_jax import augment, data, metrics
+from ssl_jax.augment import EvaluationView, View
+from ssl_jax.data import check, folder, stream
+from ssl_jax.data.image import ImageError
+from ssl_jax.errors import UserError
+
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
+VIEWS = (View(12, scale=(0.2, 1.0)), View(8, scale=(0.1, 0.4)), View(12, interpolation="bicubic"))
+
+
+class Noise:
+  """Images of different sizes, made when they are asked for; those in `bad` cannot be read."""
+
+  channels = 3
+
+  def __init__(self, n, bad=()):
+    self.n, self.bad = n, bad
+
+  def __len__(self):
+    return self.n
+
+  def read(self, i):
+    if i in self.bad:
+      raise ImageError("broken")
+    rng = np.random.default_rng(i)
+    return rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), dtype=np.uint8)
+
+  def name(self, i):
+    return f"{i}.png"
+
+
+def read(images, start=0, stop=9, threads=2, workers=0, **kwargs):
+  run = dict(batch_size=4, seed=3, start=start, stop=stop, threads=threads, workers=workers)
+  return list(stream.batches(images, VIEWS, **{**run, **kwargs}))
+
+
+def assert_equal(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# Order.
+
+
+@pytest.mark.parametrize("threads, workers", [(0, 0), (3, 0), (1, 2)])
+def test_batches_depend_on_seed_and_step_alone_however_they_are_read_and_wherever_one_begins(threads, workers):  # C34
+  want = read(Noise(13))
+  assert_equal(read(Noise(13), 0, 4, threads, workers) + read(Noise(13), 4, 9, threads, workers), want)
+  order = np.concatenate([batch["index"] for batch in want])
+  for epoch in range(3):  # three batches of four an epoch, of thirteen
+    assert len(set(order[12 * epoch : 12 * (epoch + 1)].tolist())) == 12
+
+
+def test_processes_share_a_batch_in_order():
+  want = read(Noise(13))
+  parts = [read(Noise(13), process_index=i, process_count=2) for i in range(2)]
+  for whole, *halves in zip(want, *parts, strict=True):
+    assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), whole)
+
+
+def test_crops_differ_between_views_steps_places_and_seeds():  # C112
+  class Same(Noise):
+    def read(self, i):
+      return super().read(0)
+
+  one = read(Same(8), 0, 2)
+  crops = [batch["image"][0][i, v] for batch in one for i in range(4) for v in range(2)]
+  crops += list(read(Same(8), 0, 1, seed=4)[0]["image"][0][:, 0])
+  assert len({crop.tobytes() for crop in crops}) == len(crops)
+
+
+# Crops.
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("i", range(4))
+def test_crops_are_pillows(golden, monkeypatch, i, interpolation):
+  g = golden("augment")
+  monkeypatch.setattr(stream, "crop_box", lambda *_: tuple(map(int, g["boxes_top_left_height_width"][i])))
+  (crop,) = stream.cut_views(g["image"], (View(32, interpolation=interpolation),), (0,))
+  assert crop.shape == (1, 32, 32, 3) and crop.dtype == np.uint8
+  assert np.max(np.abs(crop[0].astype(int) - g[f"crop{i}_{interpolation}_32_pil"])) <= 1
+
+
+@pytest.mark.parametrize(
+  "image_size, scale, key",
+  [
+    ((375, 500), 0.08, "375x500_scale0.08"),
+    ((28, 28), 0.2, "28x28_scale0.2"),
+    ((90, 400), 0.4, "90x400_scale0.4"),
+  ],
+)
+def test_boxes_are_distributed_as_torchvisions(golden, image_size, scale, key):
+  want = np.float64(golden("augment")[f"random_resized_crop_{key}"])
+  rng = np.random.default_rng(0)
+  got = np.float64([stream.crop_box(rng, image_size, (scale, 1.0), (3 / 4, 4 / 3)) for _ in range(5000)])
+  for statistic in (
+    lambda b: b[:, 2] * b[:, 3],
+    lambda b: np.log(b[:, 3] / b[:, 2]),
+    lambda b: b[:, 0],
+    lambda b: b[:, 1],
+  ):
+    # The critical value at the level 1e-3 for 5,000 against 20,000: 1.95 sqrt(1/5000 + 1/20000).
+    assert kolmogorov_smirnov(statistic(got), statistic(want)) < 0.0308
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 300)])
+def test_tiny_and_narrow_images_are_enlarged(size):  # C84
+  pixels = np.full((*size, 3), 77, np.uint8)
+  for crop in stream.cut_views(pixels, VIEWS, (0,)):
+    assert np.all(crop == 77)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_any_number_of_channels_is_cropped_plane_by_plane(channels):
+  pixels = np.random.default_rng(0).integers(0, 256, (20, 30, channels), dtype=np.uint8)
+  crops = stream.cut_views(pixels, VIEWS, (5,))
+  for c in range(channels):
+    assert_equal(tuple(x[..., c : c + 1] for x in crops), stream.cut_views(pixels[..., c : c + 1], VIEWS, (5,)))
+
+
+def test_the_device_finishes_cut_crops_as_it_finishes_its_own():
+  whole = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # the crop is the image
+  look = dict(jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.5, blur_p=0.5, solarize_p=0.5, flip=0.5)
+  views = (View(16, **whole, **look), View(12, **whole, flip=1.0), View(16, **whole, **look), View(16, **whole))
+  images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+  images[:, 8:] //= 4
+  cut = [stream.cut_views(image, views, (0, i)) for i, image in enumerate(images)]
+  crops = jax.tree.map(lambda *x: np.stack(x), *cut)
+  assert [x.shape for x in crops] == [(6, 3, 16, 16, 3), (6, 1, 12, 12, 3)]
+  keys = augment.example_keys(0, np.int32(5), np.arange(6))
+  make = jax.jit(lambda images: augment.make_views(keys, images, views))
+  got, want = make(crops), make(images)
+  np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # a crop of 16 from 16 pixels is the pixels
+  np.testing.assert_allclose(got[1], want[1], atol=1.01 / 255)  # Pillow rounds
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 47)])
+def test_evaluation_crops_are_the_devices(golden, shape):
+  pixels = golden("augment")["image"][: shape[0], : shape[1]]
+  view = EvaluationView(resize=24, size=20)
+  want = 255 * jax.jit(lambda x: augment.evaluation_view(x, view))(pixels[None])[0]
+  assert np.max(np.abs(stream.centre_crop(pixels, view) - want)) <= 1.5  # bicubic in gray levels
+
+
+# What cannot be read.
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_that_can_be_read():  # C74
+  good, some = read(Noise(13)), read(Noise(13, bad=(4, 5, 12)))
+  replaced = {4: 6, 5: 6, 12: 0}
+  for a, b in zip(good, some, strict=True):
+    assert_equal(b["wanted"], a["wanted"])
+    assert [replaced.get(i, i) for i in a["wanted"].tolist()] == b["index"].tolist()
+    same = a["index"] == b["index"]
+    assert_equal([x[same] for x in b["image"]], [x[same] for x in a["image"]])
+  with pytest.raises(UserError, match="none of the 3 images can be read"):
+    stream.read_or_next(Noise(3, bad=range(3)), 1)
+
+
+def test_a_run_does_not_begin_where_more_than_a_tenth_cannot_be_read():
+  stream.check_sample(Noise(1000, bad=range(0, 1000, 20)))
+  with pytest.raises(UserError, match=r"[0-9]+ of 256 images .*0.png: broken.*ssl_jax.data.check"):
+    stream.check_sample(Noise(1000, bad=range(0, 1000, 2)))
+  with pytest.raises(UserError, match="1 of 5 images"):
+    stream.check_sample(Noise(5, bad=(3,)))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_evaluation_visits_every_image_once_and_marks_what_it_cannot_read(threads):
+  images, view = Noise(10, bad=(2, 7)), EvaluationView(resize=9, size=8)
+  got = list(stream.evaluation_batches(images, view, 4, threads))
+  pixels, keep = (np.concatenate(x) for x in zip(*got, strict=True))
+  assert pixels.shape == (12, 8, 8, 3)
+  assert np.flatnonzero(keep).tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+  for i in np.flatnonzero(keep):
+    assert_equal(pixels[i], stream.centre_crop(images.read(i), view))
+
+
+# Folders.
+
+
+def photograph(path, seed, size=None):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(seed)
+  width, height = size or rng.integers(24, 60, 2).tolist()
+  coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+  PIL.Image.fromarray(coarse).resize((width, height)).save(path)
+
+
+def names_of(root, *names):
+  for name in names:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).touch()
+  return folder.find_images(root)
+
+
+def test_images_are_found_in_byte_order_without_what_is_hidden_or_none(tmp_path):  # C76, C80, C82
+  wanted = ["B.JPG", "a b#%.png", "a/é.jpeg", "a/é.jfif", "b/c/d.webp", "ä.tiff", f"{'x' * 200}.bmp"]
+  other = [".DS_Store", ".ipynb_checkpoints/a.png", "a/.hidden.jpg", "Thumbs.db", "notes.txt", "a/jpg"]
+  (tmp_path / "empty").mkdir()
+  assert names_of(tmp_path, *wanted, *other) == sorted(wanted, key=os.fsencode)
+
+
+def test_links_are_followed_and_circles_left(tmp_path):
+  names_of(tmp_path / "far", "a/1.png")
+  names_of(tmp_path / "root", "0.png")
+  (tmp_path / "root" / "link").symlink_to(tmp_path / "far")
+  (tmp_path / "far" / "a" / "up").symlink_to(tmp_path / "root")
+  assert folder.find_images(tmp_path / "root") == ["0.png", "link/a/1.png"]
+
+
+def test_one_size_goes_into_memory_and_anything_else_is_streamed(tmp_path):
+  for i in range(3):
+    photograph(tmp_path / "same" / f"{i}.png", i, (20, 16))
+  same = data.load_folder(tmp_path / "same", "train")
+  assert not same.is_streamed and same.images.shape == (3, 16, 20, 3)
+  assert data.load_folder(tmp_path / "same", "train", max_bytes=3 * 16 * 20 * 3 - 1).is_streamed
+  (tmp_path / "same" / "9.png").write_bytes((tmp_path / "same" / "0.png").read_bytes()[:80])
+  broken = data.load_folder(tmp_path / "same", "train")
+  assert broken.is_streamed and len(broken.images) == 4 and broken.num_classes == 0
+  assert_equal(broken.images.read(1), same.images[1])
+  photograph(tmp_path / "mixed" / "b" / "0.png", 0, (20, 16))
+  photograph(tmp_path / "mixed" / "a" / "1.png", 1, (20, 17))
+  mixed = data.load_folder(tmp_path / "mixed", "train")
+  assert mixed.is_streamed and mixed.labels.tolist() == [0, 1] and mixed.num_classes == 2
+  assert mixed.images.take(np.array([1])).names == ["b/0.png"]
+
+
+def test_check_counts_names_and_measures(tmp_path, capsys):
+  PIL.Image.fromarray(np.full((4, 6, 3), (0, 51, 255), np.uint8)).save(tmp_path / "a.png")
+  PIL.Image.fromarray(np.full((4, 6, 3), (255, 51, 255), np.uint8)).save(tmp_path / "b.png")
+  report = tmp_path / "report.txt"
+  assert check.main([str(tmp_path), "--strict"]) == 0
+  out = capsys.readouterr().out
+  assert "2 images, 0 skipped\n" in out and "1 sizes, width x height: 6x4 (2)" in out
+  assert "mean (0.5000, 0.2000, 1.0000), std (0.5000, 0.0000, 0.0000)" in out
+  for name in ("empty.jpg", "none.gif"):
+    (tmp_path / name).touch()
+  assert check.main([str(tmp_path), f"--report={report}"]) == 0
+  assert check.main([str(tmp_path), "--strict"]) == 1
+  assert "4 images, 2 skipped:\n  2 empty file: empty.jpg, none.gif" in capsys.readouterr().out
+  assert report.read_text() == "empty.jpg\nnone.gif\n"
+  with pytest.raises(SystemExit):
+    check.main([str(tmp_path / "nothing")])
+
+
+# A run.
+
+
+@pytest.fixture
+def photographs(tmp_path):
+  """Twenty-four photographs of two classes, one of them broken, and eight to test, one broken."""
+  root = tmp_path / "photographs"
+  for i in range(24):
+    photograph(root / "train" / "ab"[i % 2] / f"{i}.{('jpg', 'png', 'webp')[i % 3]}", i)
+  for i in range(8):
+    photograph(root / "val" / "ab"[i % 2] / f"{i}.png", 100 + i)
+  (root / "train" / "a" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+  (root / "val" / "b" / "3.png").write_bytes(b"")
+  return root
+
+
+def folder_config(root, **overrides):
+  given = {"data.folder": str(root), "data.split": "train", "data.test_split": "val", "data.channels": 3}
+  return small_config(**given, **{"batch_size": 8, "steps": 9, "log_every_steps": 1, **overrides})
+
+
+def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_encoder_is_evaluated(
+  photographs, tmp_path, capsys
+):
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+  for workdir, parts in (("whole", [(None, 2)]), ("stopped", [(4, 0), (None, 3)])):
+    for stop, threads in parts:
+      config = folder_config(photographs, **{"stop_after_steps": stop, "data.threads": threads})
+      assert train.main(config, tmp_path / workdir) == 0
+  jax.config.update("jax_compilation_cache_dir", None)
+  states = [
+    ocp.PyTreeCheckpointer().restore(tmp_path / w / "checkpoints" / "9" / "state") for w in ("whole", "stopped")
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+  out = capsys.readouterr().out
+  assert "24 images streamed" in out and out.count("skipped a/4.png, which cannot be read") == 2  # once a workdir
+  assert (tmp_path / "stopped" / "skipped.txt").read_text() == "a/4.png\n"
+  rows = [row for row in metrics.read_rows(tmp_path / "whole" / "metrics.jsonl") if "knn_top1" in row]
+  assert rows and all(row["knn_top1"] in 100 * np.arange(8) / 7 for row in rows)  # seven of eight can be read
+  (photographs / "train" / "a" / "0.jpg").unlink()  # C94
+  with pytest.raises(UserError, match=r"the images are not those .*24 files.* now 23 files"):
+    train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
+
+
+def test_a_folder_of_broken_images_is_told_before_the_run(photographs, tmp_path):
+  for path in list((photographs / "train").rglob("*.*"))[:10]:
+    pathlib.Path(path).write_bytes(b"broken")
+  with pytest.raises(UserError, match="of 24 images that were tried cannot be read"):
+    train.main(folder_config(photographs), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
