@@ -6,7 +6,6 @@ import pathlib
 import zlib
 
 import numpy as np
-import PIL.Image
 
 from ssl_jax.data.dataset import Dataset, check_channels
 from ssl_jax.data.image import ImageError, read_image
@@ -106,16 +105,6 @@ def find_images(root: pathlib.Path) -> list[str]:
 
 def _in_memory(files, max_bytes):
   """All images as one array; None where they do not fit, differ in size, or some cannot be read."""
-  size = None
-  for name in files.names:
-    try:
-      with PIL.Image.open(os.path.join(files.root, name)) as image:
-        found = image.size
-    except Exception:  # Whatever Pillow says, reading it one by one will say better.
-      return None
-    size = size or found
-    if found != size or size[0] * size[1] * files.channels * len(files) > max_bytes:
-      return None
   images = None
   for i in range(len(files)):
     try:
@@ -123,8 +112,10 @@ def _in_memory(files, max_bytes):
     except ImageError:
       return None
     if images is None:
+      if pixels.nbytes * len(files) > max_bytes:
+        return None
       images = np.empty((len(files), *pixels.shape), np.uint8)
-    if pixels.shape != images.shape[1:]:  # turned by its EXIF orientation
+    if pixels.shape != images.shape[1:]:
       return None
     images[i] = pixels
   return images
