@@ -77,7 +77,9 @@ def shrink(config):
 @pytest.mark.parametrize(
   "path",
   [
-    path if "simclr" in path.stem else pytest.param(path, marks=pytest.mark.slow)  # test_all_methods has the others
+    path
+    if path.stem == "simclr_imagenet"
+    else pytest.param(path, marks=pytest.mark.slow)  # test_all_methods has the others
     for path in RECIPES
   ],
   ids=[path.stem for path in RECIPES],

@@ -194,6 +194,7 @@ def test_24_steps_of_mae_are_the_official_codes(golden, tiny_mae):
   np.testing.assert_allclose(kernel, g["final_patch_embed"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_maes_loss_is_its_parts(tiny_mae):
   """What the tests above put together by hand is what the method does with its keys."""
   _, loss, method = tiny_mae

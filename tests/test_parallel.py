@@ -138,7 +138,8 @@ def test_training_is_the_same_on_any_number_of_devices(devices):
   assert_trained_alike(trained("compile_step", devices), one, metrics=5e-6, state=3e-5)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(4, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
 def test_pmap_trains_to_the_same_numbers(devices):
   # Bit for bit here: pmap is the same program.
   assert_trained_alike(trained("pmap", devices), trained("compile_step", devices), metrics=1e-6, state=1e-6)
