@@ -57,6 +57,14 @@ def test_official_dino_vit_small16(golden):
   small = named_images(f"{name}images96", (2, 96, 96, 3))
   assert error(model.apply(variables, small, train=False), g[f"{name}cls96"]) < 1e-4
   assert error(model.apply(variables, small, method="attention"), g[f"{name}attention96"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_official_dino_vit_small16_on_large_and_wide_images_and_in_its_last_blocks(golden):
+  g, name, model = golden("official_models"), "dino_vit_small16/", vit.vit_small(patch_size=16)
+  variables = load(model)
+  large = named_images(f"{name}images224", (2, 224, 224, 3))
+  assert error(model.apply(variables, large, train=False), g[f"{name}cls224"]) < 1e-4
   wide = named_images(f"{name}images_rect", (1, 224, 320, 3))
   assert error(model.apply(variables, wide, train=False), g[f"{name}cls_224x320"]) < 1e-4
   last = model.apply(variables, large, 4, method="last_blocks")
@@ -67,7 +75,6 @@ def test_official_dino_vit_small16(golden):
   "name, model, images, key",
   [
     ("moco_v3_vit_small", vit.vit_small(patch_size=16, heads=12, positions="row_first"), "images", "features"),
-    slow("dino_vit_small16", vit.vit_small(patch_size=16), "images224", "cls224"),
     slow("dino_vit_small8", vit.vit_small(patch_size=8), "images96", "cls96"),
     slow("dino_vit_base16", vit.vit_base(patch_size=16), "images224", "cls224"),
     slow("timm_vit_small_patch16_224", vit.vit_small(patch_size=16), "images", "features"),
