@@ -118,9 +118,9 @@ def make_plan(config) -> Plan:
   configs.check(config, images=len(train_set.images), devices=mesh.size)
   if train_set.is_streamed:
     data.stream.check_sample(train_set.images)
-  test_set = load_test_set(config) if train_set.num_classes else None
-  if test_set and min(train_set.labels.min(), test_set.labels.min()) < 0:
-    test_set = None  # some images have no label
+  test_set = load_test_set(config) if train_set.is_labelled else None
+  if test_set and not test_set.is_labelled:
+    test_set = None
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set.images))
   learning_rate = optim.schedule_from_config(config, steps, steps_per_epoch)
   optimizer = optim.from_config(config, learning_rate, steps, steps_per_epoch)
@@ -251,7 +251,7 @@ def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, st
   found = [*plan.extractor(variables, bank), *plan.extractor(variables, queries)]
   scores = evaluate.knn_accuracy(*found, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
-  if step == 0:
+  if step == 0 and not (bank.is_streamed or queries.is_streamed):
     row |= evaluate.pixel_baselines(bank, queries, **settings)
   writer.write(row)
   say(f"step {step}/{plan.steps}  k-NN top-1 {scores['top1']:.2f} %")

@@ -57,31 +57,28 @@ class Extractor:
 
   def pixels(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """What goes to the device, all of it, uint8 [n, H, W, C], and the labels [n]; for a few images."""
-    parts = [(images[keep], labels) for images, labels, keep in self._batches(dataset)]
+    parts = [(images[keep], labels[keep]) for images, labels, keep in self._batches(dataset)]
     return np.concatenate([x for x, _ in parts]), np.concatenate([x for _, x in parts])
 
   def __call__(self, variables: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(features float32 [n, d], labels [n]), without images that cannot be read."""
+    """(features float32 [n, d], labels [n]), without images that have no label or cannot be read."""
     extract = self.cut if dataset.is_streamed else self.whole
     features, labels = [], []
     for images, known, keep in self._batches(dataset):
+      keep = keep & (known >= 0)
       features.append(np.asarray(extract(variables, parallel.put_batch(self.mesh, images)))[keep])
-      labels.append(known)
+      labels.append(known[keep])
     return np.concatenate(features), np.concatenate(labels)
 
   def _batches(self, dataset):
-    """Yields (images [batch_size, H, W, C], labels of those that count, which count)."""
-    size, n = self.batch_size, len(dataset.images)
+    """Yields (images [batch_size, H, W, C], labels [batch_size], which of them count: the last batch is filled up)."""
     if dataset.is_streamed:
-      read = stream.evaluation_batches(dataset.images, self.host_view, size, self.threads)
-    else:
-      read = (
-        (np.take(dataset.images, np.arange(i, i + size), axis=0, mode="clip"), np.arange(i, i + size) < n)
-        for i in range(0, n, size)
-      )
-    for i, (images, keep) in enumerate(read):
-      labels = np.resize(dataset.labels[i * size : (i + 1) * size], size)
-      yield images, labels[keep], keep
+      yield from stream.evaluation_batches(dataset.images, self.host_view, self.batch_size, self.threads)
+      return
+    for start in range(0, len(dataset.images), self.batch_size):
+      at = np.arange(start, start + self.batch_size)
+      images, labels = (np.take(x, at, axis=0, mode="clip") for x in (dataset.images, dataset.labels))
+      yield images, labels, at < len(dataset.images)
 
 
 def make_painter(method: Method, view: augment.EvaluationView) -> Callable:
@@ -141,8 +138,8 @@ def _sharded_search(mesh, k, temperature, num_classes):
 def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: float) -> dict[str, float]:
   """Top-1 in percent of k-NN on the pixels themselves: raw, centred and standardised by the bank's statistics.
 
-  Also of guessing the most frequent class. Images that are streamed or larger than 64x64 are left out: the pixels would
-  fill the memory.
+  Also of guessing the most frequent class. Both sets are in memory. Images larger than 64x64 are left out: as floats
+  their pixels would fill it.
   """
 
   def flat(dataset):
@@ -150,7 +147,7 @@ def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: flo
 
   counts = np.bincount(bank.labels)
   out = {"guessing_top1": float(100 * np.sum(queries.labels == np.argmax(counts)) / len(queries.labels))}
-  if bank.is_streamed or queries.is_streamed or bank.images[0].size > 64 * 64 * 3:
+  if bank.images[0].size > 64 * 64 * 3:
     return out
   a, b = flat(bank), flat(queries)
   mean, std = a.mean(axis=0), a.std(axis=0)
@@ -172,7 +169,7 @@ def thinned(dataset: Dataset, count: int) -> Dataset:
     return dataset
   taken = np.arange(count) * len(dataset.images) // count
   images = dataset.images.take(taken) if dataset.is_streamed else dataset.images[taken]
-  return dataset._replace(images=images, labels=dataset.labels[taken])
+  return dataset._replace(images=images, labels=None if dataset.labels is None else dataset.labels[taken])
 
 
 class Restored(NamedTuple):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from ssl_jax import data
 from ssl_jax.data import dataset as order
 from ssl_jax.data import prepare, prepared
 from ssl_jax.data.fashion_mnist import CLASSES, read_split
+from ssl_jax.data.image import ImageError
 from ssl_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -331,27 +333,35 @@ def test_other_channels_are_refused(channels):
   assert f"channels must be 1 or 3, got {channels}." in error_of("fashion_mnist_mini", "test", channels=channels)
 
 
-def test_what_does_not_fit_says_the_size_before_reading(own):
-  data_dir, folder = own
-  (shard,) = folder.glob("*-test.*")
-  shard.write_bytes(b"not to be read")
-  message = error_of("own", "test", data_dir=data_dir, max_bytes=28 * 28 * 3 * 2_000 - 1)
-  assert "needs 4,704,000 bytes (2,000 images of 28x28x3), max_bytes is 4,703,999" in message
-  assert "fit into memory" in message and "'train[:1999]'" in message
+def test_what_does_not_fit_is_streamed_if_it_is_encoded_and_refused_otherwise(own, tmp_path):
+  whole = data.load("fashion_mnist_mini", "test")
+  streamed = data.load("fashion_mnist_mini", "test", max_bytes=28 * 28 * 3 * 2_000 - 1)
+  assert streamed.is_streamed and streamed.is_labelled and len(streamed.images) == 2_000
+  again = pickle.loads(pickle.dumps(streamed.images.take(np.array([7, 1999, 3]))))
+  for i, at in enumerate((7, 1999, 3)):
+    np.testing.assert_array_equal(again.read(i), whole.images[at])
+    assert again.label(i) == whole.labels[at] and again.name(i) == f"record {at} of test"
+  write(tmp_path, draw(3, 4, 5, 3), image=tfds.features.Tensor(shape=(4, 5, 3), dtype=np.uint8))
+  message = error_of("foreign", "train", data_dir=tmp_path, max_bytes=179)
+  assert "needs 180 bytes (3 arrays of 4x5x3), max_bytes is 179" in message and "'train[:2]'" in message
 
 
 def test_what_fits_exactly_is_read():
   assert len(data.load("fashion_mnist_mini", "test", max_bytes=28 * 28 * 3 * 2_000).images) == 2_000
 
 
-def test_declared_different_sizes_are_refused_before_reading(tmp_path):
-  images = [draw(4, 4, 3), draw(5, 6, 3)]
+def test_images_of_different_sizes_are_streamed(tmp_path):
+  images = [draw(4, 4, 3), draw(5, 6, 3), draw(7, 2, 3)]
   folder = write(tmp_path, images, image=tfds.features.Image(shape=(None, None, 3)))
+  dataset = data.load("foreign", "train[1:]", data_dir=tmp_path)
+  assert dataset.is_streamed and not dataset.is_labelled and len(dataset.images) == 2
+  for i in range(2):
+    np.testing.assert_array_equal(dataset.images.read(i), images[i + 1])
+    assert dataset.images.label(i) == -1
   (shard,) = folder.glob("*.array_record-*")
-  shard.write_bytes(b"not to be read")
-  message = error_of("foreign", "train", data_dir=tmp_path)
-  assert "images of different sizes (shape (None, None, 3)" in message and "2 images" in message
-  assert "only fixed-size sets that fit into memory are read now" in message
+  shard.write_bytes(b"not a record")
+  with pytest.raises(ImageError, match="damaged record"):
+    data.load("foreign", "train", data_dir=tmp_path).images.read(0)
 
 
 def test_an_image_of_another_size_than_declared_is_named(tmp_path):

@@ -40,6 +40,9 @@ class Noise:
     rng = np.random.default_rng(i)
     return rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), dtype=np.uint8)
 
+  def label(self, i):
+    return i % 3
+
   def name(self, i):
     return f"{i}.png"
 
@@ -184,7 +187,8 @@ def test_a_run_does_not_begin_where_more_than_a_tenth_cannot_be_read():
 def test_evaluation_visits_every_image_once_and_marks_what_it_cannot_read(threads):
   images, view = Noise(10, bad=(2, 7)), EvaluationView(resize=9, size=8)
   got = list(stream.evaluation_batches(images, view, 4, threads))
-  pixels, keep = (np.concatenate(x) for x in zip(*got, strict=True))
+  pixels, labels, keep = (np.concatenate(x) for x in zip(*got, strict=True))
+  assert labels[keep].tolist() == [i % 3 for i in (0, 1, 3, 4, 5, 6, 8, 9)]
   assert pixels.shape == (12, 8, 8, 3)
   assert np.flatnonzero(keep).tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
   for i in np.flatnonzero(keep):
@@ -239,6 +243,7 @@ def test_one_size_goes_into_memory_and_anything_else_is_streamed(tmp_path):
   mixed = data.load_folder(tmp_path / "mixed", "train")
   assert mixed.is_streamed and mixed.labels.tolist() == [0, 1] and mixed.num_classes == 2
   assert mixed.images.take(np.array([1])).names == ["b/0.png"]
+  assert mixed.images.take(np.array([1])).label(0) == 1
 
 
 def test_check_counts_names_and_measures(tmp_path, capsys):

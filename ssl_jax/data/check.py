@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
   args = parser.parse_args(arguments)
   if not args.folder.is_dir():
     parser.error(f"there is no folder {args.folder}")
-  files = Files(str(args.folder), find_images(args.folder), args.channels)
+  names = find_images(args.folder)
+  files = Files(str(args.folder), names, np.full(len(names), -1), args.channels)
   if not len(files):
     parser.error(f"{args.folder} holds no images ({', '.join(EXTENSIONS)})")
 

@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
 
   Attributes:
     images: uint8 [n, H, W, C] in memory; or what is read one by one (`stream.Images`).
-    labels: int32 [n], -1 where there is none.
+    labels: int32 [n], -1 where there is none; None where only the images themselves know them.
     num_classes: number of classes, 0 if the set has no labels.
     name: the name that it was loaded by.
     split: the split, or slice of one, that it was loaded by.
@@ -26,11 +26,16 @@ class Dataset(NamedTuple):
   """
 
   images: Any
-  labels: np.ndarray
+  labels: Any
   num_classes: int
   name: str
   split: str
   fingerprint: str = ""
+
+  @property
+  def is_labelled(self) -> bool:
+    """Whether every image has a class, as far as that is known beforehand."""
+    return self.num_classes > 0 and (self.labels is None or bool(self.labels.min() >= 0))
 
   @property
   def is_streamed(self) -> bool:

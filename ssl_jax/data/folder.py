@@ -21,11 +21,13 @@ class Files:
   Attributes:
     root: the folder.
     names: paths in it.
+    labels: int32, -1 where there is none.
     channels: of the arrays, see `read_image`.
   """
 
   root: str
   names: list[str]
+  labels: np.ndarray
   channels: int
 
   def __len__(self) -> int:
@@ -34,11 +36,14 @@ class Files:
   def read(self, i: int) -> np.ndarray:
     return read_image(os.path.join(self.root, self.names[i]), self.channels)
 
+  def label(self, i: int) -> int:
+    return int(self.labels[i])
+
   def name(self, i: int) -> str:
     return self.names[i]
 
   def take(self, indices: np.ndarray) -> "Files":
-    return Files(self.root, [self.names[i] for i in indices], self.channels)
+    return Files(self.root, [self.names[i] for i in indices], self.labels[indices], self.channels)
 
 
 def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max_bytes: int = 4 << 30) -> Dataset:
@@ -72,13 +77,13 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
   names = find_images(root)
   if not names:
     raise UserError(f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)}).")
-  files = Files(str(root), names, channels)
   parts = [name.split(os.sep, 1) for name in names]
   classes = sorted({part[0] for part in parts if len(part) > 1}, key=os.fsencode)
   if any(len(part) == 1 for part in parts):
     classes = []  # Some images have no class folder: none has a label.
   number = {name: i for i, name in enumerate(classes)}
   labels = np.array([number.get(part[0], -1) for part in parts], np.int32)
+  files = Files(str(root), names, labels, channels)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
   return Dataset(files if array is None else array, labels, len(classes), str(folder), split, fingerprint)

@@ -1,7 +1,10 @@
 """Data sets that TFDS has prepared as ArrayRecord files, read without TensorFlow."""
 
+import dataclasses
 import difflib
+import functools
 import io
+import math
 import os
 import pathlib
 import re
@@ -13,6 +16,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from ssl_jax.data.dataset import Dataset, check_channels, to_pixels
+from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.errors import UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -27,9 +31,9 @@ def load(
   channels: int = 3,
   max_bytes: int = 4 << 30,
 ) -> Dataset:
-  """Reads a split of any image data set that TFDS has prepared in ArrayRecord form.
+  """Opens a split of any image data set that TFDS has prepared in ArrayRecord form.
 
-  The feature `image` must be a uint8 `tfds.features.Image` or `Tensor` of one fixed size. The feature
+  The feature `image` must be a uint8 `tfds.features.Image`, or a `Tensor` of one fixed size. The feature
   `label`, if it is one integer an image, gives the labels.
 
   Args:
@@ -42,41 +46,100 @@ def load(
     max_bytes: the largest array to allocate.
 
   Returns:
-    Dataset with images uint8 [n, H, W, channels], in the order on disk.
+    Dataset, in the order on disk. `images` is uint8 [n, H, W, channels] where the images are of one size and fit in
+    `max_bytes`, and `Records` otherwise.
 
   Raises:
     UserError: the set, the version or the split is not there, is not in ArrayRecord form, was not prepared to
-      the end, is empty, or is nothing that fits into one array of `max_bytes`. Each names the way out.
+      the end, is empty, or is of arrays that do not fit in `max_bytes`. Each names the way out.
   """
   check_channels(channels)
   builder, prepare = _find(name, data_dir)
   n = _count(builder, name, split)
-  height, width = _image_size(builder, name, n)
+  height, width = _image_size(builder, name)
   check_files(builder, split, prepare)
-  needed = n * height * width * channels
-  if needed > max_bytes:
-    most = max_bytes // (height * width * channels)
-    raise UserError(
-      f"{name} {split!r} needs {needed:,} bytes ({n:,} images of {height}x{width}x{channels}), max_bytes is "
-      f"{max_bytes:,}: only fixed-size sets that fit into memory are read now. Take at most {most:,} images, "
-      f"as 'train[:{most}]' does, or raise max_bytes."
-    )
-
   label = dict(builder.info.features.items()).get("label")
   # Class labels are scalars too. What is no integer (a caption, a list) is no class to count neighbours by.
   labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+  encoded = isinstance(builder.info.features["image"], tfds.features.Image)
+  needed = n * height * width * channels if height and width else math.inf
+  if needed > max_bytes and encoded:
+    records = Records(str(builder.data_dir), split, channels, labelled, n)
+    num_classes = (getattr(label, "num_classes", None) or 1) if labelled else 0
+    return Dataset(records, None if labelled else np.full(n, -1, np.int32), num_classes, name, split)
+  if needed > max_bytes:
+    most = max_bytes // (height * width * channels)
+    raise UserError(
+      f"{name} {split!r} needs {needed:,} bytes ({n:,} arrays of {height}x{width}x{channels}), max_bytes is "
+      f"{max_bytes:,}: only encoded images are streamed. Take at most {most:,}, as 'train[:{most}]' does, or raise "
+      "max_bytes."
+    )
+
   images, labels = np.empty((n, height, width, channels), np.uint8), np.full(n, -1, np.int32)
   for i, (image, example) in enumerate(_decoded(builder, split, n, channels, prepare)):
     if image.shape != images.shape[1:]:
       raise UserError(
         f"{name} {split!r}: image {i} is {image.shape[0]}x{image.shape[1]}, where its features.json says "
-        f"{height}x{width}: only sets of one fixed image size are read now."
+        f"{height}x{width}."
       )
     images[i] = image
     if labelled:
       labels[i] = example["label"]
   num_classes = (getattr(label, "num_classes", None) or int(labels.max()) + 1) if labelled else 0
   return Dataset(images, labels, num_classes, name, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Encoded images of a prepared split that are read one by one (see `stream.Images`).
+
+  Attributes:
+    folder: of the prepared version.
+    split: as for `load`.
+    channels: of the arrays, see `read_image`.
+    labelled: whether the feature `label` is a class.
+    size: number of images.
+    indices: which of the split's they are; None: all.
+  """
+
+  folder: str
+  split: str
+  channels: int
+  labelled: bool
+  size: int
+  indices: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    return self.size
+
+  def read(self, i: int) -> np.ndarray:
+    try:
+      encoded = self.source[self.place(i)]["image"]
+    except Exception as error:  # ArrayRecord and protobuf raise what they like on damaged bytes.
+      raise ImageError(f"damaged record ({_brief(error)})") from error
+    return read_image(encoded, self.channels)
+
+  def label(self, i: int) -> int:
+    return int(self.source[self.place(i)]["label"]) if self.labelled else -1
+
+  def name(self, i: int) -> str:
+    return f"record {self.place(i)} of {self.split}"
+
+  def take(self, indices: np.ndarray) -> "Records":
+    chosen = indices if self.indices is None else self.indices[indices]
+    return dataclasses.replace(self, size=len(chosen), indices=chosen)
+
+  def place(self, i: int) -> int:
+    return int(i if self.indices is None else self.indices[i])
+
+  @functools.cached_property
+  def source(self) -> Any:
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    builder = open_prepared(pathlib.Path(self.folder))
+    return builder.as_data_source(self.split, decoders=decoders, file_format="array_record")
+
+  def __reduce__(self) -> Any:  # Readers are opened anew in each process.
+    return Records, (self.folder, self.split, self.channels, self.labelled, self.size, self.indices)
 
 
 def open_prepared(folder: pathlib.Path, prepare: str = "prepare it again") -> Any:
@@ -223,8 +286,8 @@ def _count(builder, name, split):
   return n
 
 
-def _image_size(builder, name, n):
-  """(height, width) from the metadata."""
+def _image_size(builder, name):
+  """(height, width) from the metadata, None where they differ."""
   feature = dict(builder.info.features.items()).get("image")
   if feature is None:
     raise UserError(f"{name} has no feature 'image', only {', '.join(sorted(builder.info.features))}.")
@@ -232,11 +295,6 @@ def _image_size(builder, name, n):
   if feature.np_dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,), (4,), (None,)):
     raise UserError(
       f"{name}: the feature 'image' must be uint8 [height, width, 1, 3 or 4], got {feature.np_dtype} {shape}."
-    )
-  if None in shape[:2]:
-    raise UserError(
-      f"{name} holds images of different sizes (shape {shape} in its features.json; {n:,} images, "
-      f"{builder.info.dataset_size:,} bytes encoded): only fixed-size sets that fit into memory are read now."
     )
   return shape[:2]
 

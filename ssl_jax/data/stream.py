@@ -23,14 +23,24 @@ _SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the sha
 class Images(Protocol):
   """Images that are read one by one; may be sent to other processes."""
 
+  channels: int
+
   def __len__(self) -> int: ...
 
   def read(self, i: int) -> np.ndarray:
     """Image i, uint8 [H, W, C] of any size. Raises `ImageError` where it cannot be read."""
     ...
 
+  def label(self, i: int) -> int:
+    """Its class, -1 where there is none."""
+    ...
+
   def name(self, i: int) -> str:
-    """What image i is called, for people."""
+    """What it is called, for people."""
+    ...
+
+  def take(self, indices: np.ndarray) -> "Images":
+    """Some of the images."""
     ...
 
 
@@ -76,21 +86,20 @@ def batches(
 
 def evaluation_batches(
   images: Images, view: EvaluationView, batch_size: int, threads: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields (uint8 [batch_size, size, size, C], bool [batch_size]: which could be read) over all images, in order.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """Yields (uint8 [batch_size, size, size, C], labels, bool [batch_size]: which could be read) over all, in order.
 
   The last batch is filled up with what counts as unreadable. `view.resize` and `view.size` are the host's work here.
   """
   n = len(images)
-  channels = read_or_next(images, 0)[0].shape[2]
 
   def example(i):
     try:
       if i < n:
-        return centre_crop(images.read(int(i)), view), np.True_
+        return centre_crop(images.read(int(i)), view), np.int32(images.label(int(i))), np.True_
     except ImageError:
       pass
-    return np.zeros((view.size, view.size, channels), np.uint8), np.False_
+    return np.zeros((view.size, view.size, images.channels), np.uint8), np.int32(-1), np.False_
 
   return _run(0, -(-n // batch_size) * batch_size, example, batch_size, threads, 0)
 
