@@ -238,6 +238,8 @@ def describe(config, plan: Plan) -> list[str]:
     f"end {config.lr.end:g}",
     f"loss at chance: {plan.chance:.4f}",
   ]
+  if config.data.channels not in (1, 3):
+    lines.append(f"images of {config.data.channels} channels: colour jitter and grayscale are left out")
   return lines if plan.test_set else [*lines, "no labels or no test split: the online k-NN is off"]
 
 

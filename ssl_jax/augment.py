@@ -1,7 +1,7 @@
 """Augmentations on the device: torchvision's operations on float images, as pure functions of (key, image, numbers).
 
-Every operation takes one planar image, float [C, H, W] with values in [0, 1] and C = 1 or 3, and is vmapped over the
-batch by `make_views`. Planes come first because colour operations mix whole planes: XLA's CPU code for them is several
+Every operation takes one planar image, float [C, H, W] with values in [0, 1], and is vmapped over the batch by
+`make_views`. Planes come first because colour operations mix whole planes: XLA's CPU code for them is several
 times faster than with channels last. The public border, `make_views` and `evaluation_view`, is [..., H, W, C].
 
 A view is described by data, `View(...)`, so that a recipe's config shows its paper's table; one function executes it.
@@ -28,8 +28,9 @@ class View(NamedTuple):
     scale, ratio: ranges of the crop's share of the image's area and of its width / height.
     interpolation: "bilinear" or "bicubic", both antialiased as in Pillow.
     flip: probability of a horizontal flip.
-    jitter: strengths of brightness, contrast, saturation and hue; applied with probability `jitter_p`, in random order.
-    gray_p: probability of dropping the colour.
+    jitter: strengths of brightness, contrast, saturation and hue; applied with probability `jitter_p`, in random order,
+      to images of 1 or 3 channels: for others contrast and what follows it are not defined.
+    gray_p: probability of dropping the colour, of images of 3 channels.
     blur_p, blur_kind, blur_sigma, blur_kernel: probability; "gaussian" (torchvision's, with `blur_kernel` taps) or
       "pil" (Pillow's GaussianBlur, three box blurs); range of the standard deviation.
     solarize_p: probability of inverting every value >= `solarize_threshold`.
@@ -142,7 +143,7 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
     box = crop_box(box_draws, (height, width), view.scale, view.ratio)
     image = resized_crop(image, box, view.size, view.interpolation, flip=flip)
     image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
-  if any(view.jitter):
+  if any(view.jitter) and image.shape[0] in (1, 3):
     strengths = view.jitter[:3]
     factors = [_between(d, max(0.0, 1 - s), 1 + s) for d, s in zip(jitter_draws[:3], strengths, strict=True)]
     hue_shift = _between(jitter_draws[3], -view.jitter[3], view.jitter[3])

@@ -63,11 +63,11 @@ def views(config: Any) -> tuple[augment.View, ...]:
       near = difflib.get_close_matches(unknown[0], augment.View._fields, 1, 0)[0]
       raise UserError(f"views[{i}] has no field {unknown[0]!r}; did you mean {near!r}?")
     out.append(augment.View(**_with_tuples(view)))
-    _check_view(f"views[{i}]", out[-1])
+    _check_view(f"views[{i}]", out[-1], config.data.channels)
   return tuple(out)
 
 
-def _check_view(name: str, view: augment.View) -> None:
+def _check_view(name: str, view: augment.View, channels: int) -> None:
   for key, holds, text in (
     ("interpolation", view.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic"),
     ("blur_kind", view.blur_kind in ("gaussian", "pil"), "gaussian or pil"),
@@ -75,6 +75,7 @@ def _check_view(name: str, view: augment.View) -> None:
     ("blur_kernel", view.blur_kernel % 2 == 1, "odd"),
     ("jitter", len(view.jitter) == 4, "four strengths: brightness, contrast, saturation, hue"),
     ("std", len(view.std) == len(view.mean) and all(view.std), "as many numbers as mean, none of them 0"),
+    ("mean", len(view.mean) in (0, channels), f"one number for each of data.channels={channels}, or empty"),
     ("scale", 0 < view.scale[0] <= view.scale[1] <= 1, "a range in (0, 1]"),
     ("size", view.size >= 1, "at least 1"),
   ):

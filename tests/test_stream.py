@@ -246,6 +246,26 @@ def test_one_size_goes_into_memory_and_anything_else_is_streamed(tmp_path):
   assert mixed.images.take(np.array([1])).label(0) == 1
 
 
+def test_images_of_other_channels_take_what_is_defined_for_them(tmp_path):
+  rng = np.random.default_rng(0)
+  for i in range(16):
+    alpha = PIL.Image.fromarray(rng.integers(0, 256, (20, 20 + i % 2, 2), dtype=np.uint8), mode="LA")
+    alpha.save(tmp_path / f"{i}.png")
+  config = small_config(**{"data.folder": str(tmp_path), "data.split": "train", "data.channels": 2, "batch_size": 8})
+  config.steps, config.stop_after_steps = 9, 2
+  plan = train.make_plan(config)
+  assert "2 channels: colour jitter and grayscale are left out" in "".join(train.describe(config, plan))
+  assert plan.state.params["encoder"]["conv1"]["kernel"].shape[2] == 2
+  batch = next(train.read_batches(config, plan, 0, tmp_path / "skipped.txt"))
+  assert batch["image"][0].shape == (8, 2, 28, 28, 2)
+  config.views = tuple({**view, "mean": (0.5,) * 3, "std": (0.2,) * 3} for view in config.views)
+  with pytest.raises(UserError, match=r"views\[0\].mean must be one number for each of data.channels=2"):
+    train.make_plan(config)
+  color = jax.random.uniform(jax.random.key(0), (5, 9, 9))
+  view = View(9, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=1.0, gray_p=1.0)
+  np.testing.assert_allclose(augment.apply_view(jax.random.key(1), color, view), color, atol=1e-6)
+
+
 def test_check_counts_names_and_measures(tmp_path, capsys):
   PIL.Image.fromarray(np.full((4, 6, 3), (0, 51, 255), np.uint8)).save(tmp_path / "a.png")
   PIL.Image.fromarray(np.full((4, 6, 3), (255, 51, 255), np.uint8)).save(tmp_path / "b.png")

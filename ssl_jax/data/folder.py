@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from ssl_jax.data.dataset import Dataset, check_channels
+from ssl_jax.data.dataset import Dataset
 from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.errors import UserError
 
@@ -66,7 +66,8 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
   Raises:
     UserError: no folder or no images.
   """
-  check_channels(channels)
+  if channels < 1:
+    raise UserError(f"data.channels must be at least 1, got {channels}.")
   root = pathlib.Path(folder).expanduser()
   if not root.is_dir():
     raise UserError(f"data.folder: there is no folder {root}.")
