@@ -279,7 +279,7 @@ def test_check_counts_names_and_measures(tmp_path, capsys):
   assert check.main([str(tmp_path), f"--report={report}"]) == 0
   assert check.main([str(tmp_path), "--strict"]) == 1
   assert "4 images, 2 skipped:\n  2 empty file: empty.jpg, none.gif" in capsys.readouterr().out
-  assert report.read_text() == "empty.jpg\nnone.gif\n"
+  assert report.read_text() == "empty.jpg\tempty file\nnone.gif\tempty file\n"
   with pytest.raises(SystemExit):
     check.main([str(tmp_path / "nothing")])
 

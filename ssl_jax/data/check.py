@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--channels", type=int, default=3)
   parser.add_argument("--threads", type=int, default=os.cpu_count())
-  parser.add_argument("--report", type=pathlib.Path, help="a file for the names of what cannot be read")
+  parser.add_argument("--report", type=pathlib.Path, help="a file for all names and reasons of what cannot be read")
   parser.add_argument("--strict", action="store_true")
   args = parser.parse_args(arguments)
   if not args.folder.is_dir():
@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(file=sys.stderr)
 
   print(f"{len(files):,} images, {len(bad):,} skipped{':' if bad else ''}")
-  reasons = collections.Counter(bad.values())
-  for reason, count in reasons.most_common(20):
-    names = [name for name, why in bad.items() if why == reason]
+  kinds = {name: reason.partition(" (")[0] for name, reason in bad.items()}  # without counts of bytes
+  for reason, count in collections.Counter(kinds.values()).most_common():
+    names = [name for name, why in kinds.items() if why == reason]
     print(f"  {count:,} {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
   if sizes:
     common = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown = [", ".join(f"{x:.4f}" for x in values) for values in (mean, std)]
     print(f"mean ({shown[0]}), std ({shown[1]}), in [0, 1]")
   if args.report:
-    args.report.write_text("".join(f"{name}\n" for name in sorted(bad)))
+    args.report.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())))
     print(f"wrote {args.report}")
   return 1 if not sizes or (args.strict and bad) else 0
 
