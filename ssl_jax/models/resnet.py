@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.models.norm import BatchNorm
 
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -132,6 +133,7 @@ def _conv(channels, kernel, stride, *, init, dtype, name):
     use_bias=False,
     kernel_init=init,
     dtype=dtype,
+    conv_general_dilated=conv_general_dilated,
     name=name,
   )
 

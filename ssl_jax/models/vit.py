@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.models.heads import torch_bias, torch_uniform
 
 normal_02 = nn.initializers.normal(0.02)
@@ -152,7 +153,7 @@ class PatchEmbed(nn.Module):
   def __call__(self, images):
     fan_in = math.prod(self.patch) * images.shape[-1]
     bias_init = torch_bias(fan_in) if self.random_bias else nn.initializers.zeros
-    init = dict(kernel_init=self.kernel_init, bias_init=bias_init)
+    init = dict(kernel_init=self.kernel_init, bias_init=bias_init, conv_general_dilated=conv_general_dilated)
     x = nn.Conv(self.dim, self.patch, self.patch, "VALID", dtype=self.dtype, name="proj", **init)(images)
     return rearrange(x, "b h w d -> b (h w) d")
 

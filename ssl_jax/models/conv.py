@@ -1,0 +1,55 @@
+"""Convolution whose gradients stay fast inside loops on a CPU.
+
+XLA's CPU compiler calls its fast kernels for convolutions in the layout NHWC, HWIO alone, and brings others into it
+everywhere but in the body of a loop (jax-ml/jax#12868). JAX writes the gradients of a convolution in other layouts, so
+that by microbatches a step took 20 times as long. Here they are written in that layout.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
+  """`lax.conv_general_dilated` for `flax.linen.Conv`: two axes, one group, no dilation.
+
+  On a CPU with gradients of its own, which have no forward mode.
+  """
+  if jax.default_backend() != "cpu":
+    return lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+  return _conv(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x, kernel, strides, padding):
+  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
+
+
+def _forward(x, kernel, strides, padding):
+  return _conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, saved, g):
+  x, kernel = saved
+  input_pads, kernel_pads = [], []
+  for axis, (stride, (low, _)) in enumerate(zip(strides, padding, strict=True)):
+    n, k = x.shape[1 + axis], kernel.shape[axis]
+    spread = (g.shape[1 + axis] - 1) * stride + 1  # the outputs, `stride` apart
+    input_pads.append((k - 1 - low, n + low - spread))
+    kernel_pads.append((low, spread + k - 1 - n - low))
+  turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+  dx = lax.conv_general_dilated(g, turned, (1, 1), input_pads, lhs_dilation=strides, dimension_numbers=_LAYOUT)
+  # Channels take the place of examples, and examples that of channels.
+  channels, outputs = jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3))
+  dk = lax.conv_general_dilated(channels, outputs, (1, 1), kernel_pads, rhs_dilation=strides, dimension_numbers=_LAYOUT)
+  return dx, jnp.transpose(dk, (1, 2, 0, 3))
+
+
+_conv.defvjp(_forward, _backward)
