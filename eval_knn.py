@@ -40,6 +40,7 @@ def main() -> int:
   config = restored.config
   bank = load(config, BANK_SPLIT.value or config.data.split)
   queries = load(config, TEST_SPLIT.value or config.data.test_split)
+  bank, queries = evaluate.match(bank, queries)
   say(f"step {restored.step} of {workdir}")
   for role, x in (("bank", bank), ("queries", queries)):
     say(f"{role}: {x.name} {x.split}, {len(x.images):,} images")
@@ -75,7 +76,7 @@ def load(config, split: str) -> data.Dataset:
   else:
     name, data_dir = DATA.value or config.data.name, DATA_DIR.value or (None if DATA.value else config.data.data_dir)
     loaded = data.load(name, split, data_dir=data_dir, channels=channels)
-  if not loaded.num_classes:
+  if not loaded.is_labelled:
     raise UserError(f"{loaded.name} {split!r} has no labels, and k-NN classifies by labels.")
   return loaded
 

@@ -97,7 +97,8 @@ class Plan(NamedTuple):
 
   mesh: jax.sharding.Mesh
   train_set: data.Dataset
-  test_set: data.Dataset | None  # None: no labels, no online k-NN
+  bank: data.Dataset | None  # None: no labels, no online k-NN
+  test_set: data.Dataset | None
   steps: int  # of the schedule
   steps_per_epoch: int
   last_step: int  # of this run
@@ -119,8 +120,13 @@ def make_plan(config) -> Plan:
   if train_set.is_streamed:
     data.stream.check_sample(train_set.images)
   test_set = load_test_set(config) if train_set.is_labelled else None
+  bank = None
   if test_set and not test_set.is_labelled:
     test_set = None
+  if test_set:
+    bank, test_set = evaluate.match(evaluate.thinned(train_set, config.knn.bank_images), test_set)
+    if test_set.is_streamed:
+      data.stream.check_sample(test_set.images)
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set.images))
   learning_rate = optim.schedule_from_config(config, steps, steps_per_epoch)
   optimizer = optim.from_config(config, learning_rate, steps, steps_per_epoch)
@@ -143,14 +149,18 @@ def make_plan(config) -> Plan:
       images = tuple(jax.ShapeDtypeStruct((config.batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
     train_step.trace(state, parallel.abstract({"image": images}, parallel.split(mesh)))
     extractor = evaluate.Extractor(encoder, config, mesh, config.batch_size)
-    extractor.trace(method.encoder(state.params, state.state), test_set or train_set)
-    painter = evaluate.make_painter(method, configs.eval_view(config)) if method.pictures else None
+    shown = test_set or train_set
+    for dataset in (bank or shown, shown):
+      extractor.trace(method.encoder(state.params, state.state), dataset)
+    view = configs.eval_view(config)
+    painter_view = view._replace(resize=None, size=None) if shown.is_streamed else view  # else the device resizes
+    painter = evaluate.make_painter(method, painter_view) if method.pictures else None
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
   last_step = min(steps, config.stop_after_steps or steps)
   chance = method.chance(config.batch_size)
   built = method, init, state, train_step, extractor, painter
-  return Plan(mesh, train_set, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *built)
+  return Plan(mesh, train_set, bank, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *built)
 
 
 def main(config, workdir: pathlib.Path) -> int:
@@ -245,15 +255,15 @@ def describe(config, plan: Plan) -> list[str]:
 
 def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, step: int) -> float | None:
   """Writes an evaluation row. Returns the k-NN top-1 in percent, None where there are no labels."""
-  if plan.test_set is None:
+  if plan.bank is None or plan.test_set is None:
     return None
-  bank, queries = evaluate.thinned(plan.train_set, config.knn.bank_images), plan.test_set
+  bank, queries = plan.bank, plan.test_set
   variables = plan.method.encoder(train.params, train.state)
   settings = dict(k=config.knn.k, temperature=config.knn.temperature)
   found = [*plan.extractor(variables, bank), *plan.extractor(variables, queries)]
   scores = evaluate.knn_accuracy(*found, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
-  if step == 0 and not (bank.is_streamed or queries.is_streamed):
+  if step == 0 and not bank.is_streamed and bank.images.shape[1:] == queries.images.shape[1:]:
     row |= evaluate.pixel_baselines(bank, queries, **settings)
   writer.write(row)
   say(f"step {step}/{plan.steps}  k-NN top-1 {scores['top1']:.2f} %")
@@ -339,10 +349,10 @@ def read_batches(config, plan: Plan, start: int, skipped: pathlib.Path) -> Itera
 
 def check_same_files(train_set: data.Dataset, path: pathlib.Path) -> None:
   """Raises UserError if the folder has other files than when the run began: every step would see other images."""
-  then = path.read_text() if path.exists() else ""
+  then = path.read_text() if path.exists() else train_set.fingerprint
   if then != train_set.fingerprint:
     raise UserError(
-      f"the images are not those that this run began with: {then or 'no folder'} then, now {train_set.fingerprint}. "
+      f"the images are not those that this run began with: {then} then, now {train_set.fingerprint}. "
       "Put the folder back as it was, or take another --workdir."
     )
 

@@ -110,6 +110,9 @@ def check(config: Any, *, images: int, devices: int) -> None:
     _check_divides("microbatch", config.microbatch, devices, f"the {devices} devices")
     if config.batch_size % config.microbatch:
       raise UserError(f"batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}.")
+  for key in ("threads", "workers"):
+    if (config.data.get(key) or 0) < 0:
+      raise UserError(f"data.{key} must not be negative, got {config.data[key]}.")
   for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints"):
     if config[key] < 1:
       raise UserError(f"{key} must be at least 1, got {config[key]}.")

@@ -1,5 +1,6 @@
 """What an encoder is worth: features, k-NN accuracy, and that of the pixels themselves."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -33,7 +34,8 @@ class Extractor:
     self.view, self.mesh, self.batch_size = configs.eval_view(config), mesh, batch_size
     self.threads = configs.threads(config)
     size = self.size = self.view.size or int(config.views[0]["size"])
-    self.host_view = self.view._replace(size=size, resize=self.view.resize or round(size * 8 / 7))
+    resize = self.resize = self.view.resize or round(size * 8 / 7)
+    self.host_view = self.view._replace(size=size, resize=resize)
 
     def compiled(view):
       return parallel.compile_map(
@@ -45,6 +47,11 @@ class Extractor:
 
   def trace(self, variables: Any, dataset: Dataset) -> None:
     """Raises what is wrong with the shapes, before anything is compiled."""
+    if dataset.is_streamed and self.size > self.resize:
+      raise UserError(
+        f"a centre crop of {self.size} pixels (eval_view.size, else the first view's) does not fit in "
+        f"eval_view.resize={self.resize}."
+      )
     shape = (self.batch_size, *self.image_shape(dataset))
     images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=parallel.split(self.mesh))
     (self.cut if dataset.is_streamed else self.whole).trace(variables, images)
@@ -84,7 +91,7 @@ class Extractor:
 def make_painter(method: Method, view: augment.EvaluationView) -> Callable:
   """Compiles (params, state, uint8 images [n, H, W, C]) -> the method's pictures, images back in [0, 1].
 
-  The same images get the same random numbers whenever they are drawn. `view` normalises; it does not resize.
+  The same images get the same random numbers whenever they are drawn.
   """
   mean, std = np.array(view.mean or 0.0), np.array(view.std or 1.0)
 
@@ -161,6 +168,27 @@ def pixel_baselines(bank: Dataset, queries: Dataset, *, k: int, temperature: flo
     score = knn_accuracy((a - m) / s, bank.labels, (b - m) / s, queries.labels, k=k, temperature=temperature)
     out[name] = score["top1"]
   return out
+
+
+def match(bank: Dataset, queries: Dataset) -> tuple[Dataset, Dataset]:
+  """Makes two sets comparable: both streamed if one is, and the queries' classes numbered as the bank's.
+
+  Raises:
+    UserError: the queries have classes that the bank has not.
+  """
+  if bank.classes != queries.classes and bank.classes and queries.classes:
+    unknown = [name for name in queries.classes if name not in bank.classes]
+    if unknown:
+      raise UserError(
+        f"{queries.name} {queries.split!r} has classes that {bank.split!r} has not: {', '.join(unknown)}."
+      )
+    number = np.array([bank.classes.index(name) for name in queries.classes], np.int32)
+    labels = np.where(queries.labels < 0, -1, number[queries.labels])
+    images = dataclasses.replace(queries.images, labels=labels) if queries.is_streamed else queries.images
+    queries = queries._replace(images=images, labels=labels, classes=bank.classes)
+  if bank.is_streamed or queries.is_streamed:
+    return stream.as_streamed(bank), stream.as_streamed(queries)
+  return bank, queries
 
 
 def thinned(dataset: Dataset, count: int) -> Dataset:

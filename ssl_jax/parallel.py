@@ -75,7 +75,7 @@ def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Ca
   def accumulated(images, positions):
     m = microbatch // lax.axis_size(axis_name)
     chunks = jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]), (images, positions))
-    n = len(images) // m
+    n = len(positions) // m
 
     def add(total, chunk):
       grads, aux = gradient(*chunk)

@@ -119,6 +119,16 @@ def test_second_derivatives_in_blocks_are_right_and_forward_mode_alone_is_an_err
     jax.jvp(lambda a: nt_xent(a, z2, block_size=2), (z1,), (z1,))
 
 
+def test_blocks_multiply_in_full_precision_in_both_directions_and_any_temperature_is_exact():
+  z = jnp.ones((8, 4))
+  text = str(jax.make_jaxpr(jax.grad(lambda a: nt_xent(a, z, block_size=2)))(z))
+  products = [line for line in text.splitlines() if "dot_general" in line or "precision=" in line]
+  assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 2, products
+  a, b = map(jnp.float32, draw(8, 16))
+  narrow = jnp.bfloat16(0.07)
+  np.testing.assert_allclose(nt_xent(a, b, temperature=narrow), nt_xent(a, b, temperature=float(narrow)), rtol=1e-6)
+
+
 # One loss, five ways of running it. Each takes (function of one device, whole a, whole b) and returns what every device
 # returns, stacked. `per_device` below draws its rows out of the whole arrays, so that these are replicated parameters.
 

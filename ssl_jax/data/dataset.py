@@ -22,6 +22,7 @@ class Dataset(NamedTuple):
     num_classes: number of classes, 0 if the set has no labels.
     name: the name that it was loaded by.
     split: the split, or slice of one, that it was loaded by.
+    classes: names of the classes, where they are folders.
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
   """
 
@@ -30,12 +31,13 @@ class Dataset(NamedTuple):
   num_classes: int
   name: str
   split: str
+  classes: tuple[str, ...] = ()
   fingerprint: str = ""
 
   @property
   def is_labelled(self) -> bool:
-    """Whether every image has a class, as far as that is known beforehand."""
-    return self.num_classes > 0 and (self.labels is None or bool(self.labels.min() >= 0))
+    """Whether every image has a class; the first one, where only the images themselves know."""
+    return self.num_classes > 0 and (self.images.label(0) if self.labels is None else self.labels.min()) >= 0
 
   @property
   def is_streamed(self) -> bool:

@@ -40,7 +40,7 @@ class Files:
     return int(self.labels[i])
 
   def name(self, i: int) -> str:
-    return self.names[i]
+    return os.fsencode(self.names[i]).decode("utf-8", "backslashreplace")  # whatever bytes the name has
 
   def take(self, indices: np.ndarray) -> "Files":
     return Files(self.root, [self.names[i] for i in indices], self.labels[indices], self.channels)
@@ -87,7 +87,9 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
   files = Files(str(root), names, labels, channels)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
-  return Dataset(files if array is None else array, labels, len(classes), str(folder), split, fingerprint)
+  return Dataset(
+    files if array is None else array, labels, len(classes), str(folder), split, tuple(classes), fingerprint
+  )
 
 
 def find_images(root: pathlib.Path) -> list[str]:
@@ -96,7 +98,7 @@ def find_images(root: pathlib.Path) -> list[str]:
   top, seen = str(root), {os.path.realpath(root)}
   for folder, folders, files in os.walk(top, followlinks=True):
     kept = []
-    for name in folders:
+    for name in sorted(folders):  # of two links to one folder the first counts
       real = os.path.realpath(os.path.join(folder, name))
       if not name.startswith(".") and real not in seen:  # a link may lead back up
         kept.append(name)

@@ -4,6 +4,7 @@ Every batch is a pure function of (seed, step), computed by Grain's threads or w
 takes it. So nothing of the input is in a checkpoint, and a run resumes at its next example with any number of them.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -13,8 +14,8 @@ import numpy as np
 import PIL.Image
 
 from ssl_jax.augment import EvaluationView, View, by_resolution
-from ssl_jax.data.dataset import batch_indices
-from ssl_jax.data.image import ImageError
+from ssl_jax.data.dataset import Dataset, batch_indices
+from ssl_jax.data.image import MAX_PIXELS, ImageError
 from ssl_jax.errors import UserError
 
 _SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
@@ -42,6 +43,38 @@ class Images(Protocol):
   def take(self, indices: np.ndarray) -> "Images":
     """Some of the images."""
     ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+  """Images in memory that are to be prepared as streamed ones are."""
+
+  pixels: np.ndarray
+  labels: np.ndarray
+
+  @property
+  def channels(self) -> int:
+    return self.pixels.shape[-1]
+
+  def __len__(self) -> int:
+    return len(self.pixels)
+
+  def read(self, i: int) -> np.ndarray:
+    return self.pixels[i]
+
+  def label(self, i: int) -> int:
+    return int(self.labels[i])
+
+  def name(self, i: int) -> str:
+    return str(i)
+
+  def take(self, indices: np.ndarray) -> "InMemory":
+    return InMemory(self.pixels[indices], self.labels[indices])
+
+
+def as_streamed(dataset: Dataset) -> Dataset:
+  """The same data set, read one by one."""
+  return dataset if dataset.is_streamed else dataset._replace(images=InMemory(dataset.images, dataset.labels))
 
 
 def batches(
@@ -132,7 +165,7 @@ def read_or_next(images: Images, index: int) -> tuple[np.ndarray, int]:
 
 
 def check_sample(images: Images) -> None:
-  """Tries evenly spaced images. Raises UserError where more than a tenth of them cannot be read."""
+  """Tries evenly spaced images. Raises UserError where more than a tenth of them, and not just one, cannot be read."""
   tried = np.unique(np.arange(_SAMPLE) * len(images) // _SAMPLE)
   bad = []
   for i in tried:
@@ -140,7 +173,7 @@ def check_sample(images: Images) -> None:
       images.read(int(i))
     except ImageError as error:
       bad.append(f"{images.name(int(i))}: {error}")
-  if len(bad) > _MOST_BAD * len(tried):
+  if len(bad) > max(1, _MOST_BAD * len(tried)):
     raise UserError(
       f"{len(bad)} of {len(tried)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
       "`python -m ssl_jax.data.check` lists all of them."
@@ -176,6 +209,8 @@ def centre_crop(pixels: np.ndarray, view: EvaluationView) -> np.ndarray:
   height, width = pixels.shape[:2]
   short = min(height, width)
   size = view.resize * height // short, view.resize * width // short
+  if size[0] * size[1] > MAX_PIXELS:
+    raise ImageError(f"too long: {width}x{height} pixels")
   resized = _resized(_planes(pixels), (0, 0, width, height), size, view.interpolation)
   top, left = (round((s - view.size) / 2) for s in size)
   return resized[top : top + view.size, left : left + view.size]

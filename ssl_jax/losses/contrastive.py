@@ -63,7 +63,9 @@ def nt_xent(
   n_global = z1.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
   if n_global < 2:
     raise ValueError(f"nt_xent needs a batch of at least two images for its negatives, got {n_global}.")
-  z1, z2 = (_unit(z) * temperature**-0.5 for z in (z1, z2))  # their products are similarities / temperature
+  z1, z2 = _unit(z1), _unit(z2)
+  scale = jnp.asarray(temperature, z1.dtype) ** -0.5
+  z1, z2 = z1 * scale, z2 * scale  # their products are similarities / temperature
   rows, block_size = 2 * z1.shape[0], _rows_at_once(2 * z1.shape[0], 2 * n_global, block_size)
   negatives = _other_views if block_size >= rows else _other_views_in_blocks
   with jax.default_matmul_precision("highest"):
@@ -113,7 +115,8 @@ def info_nce(
   _check_pair("query", query, "key", key)
   _check_temperature(temperature)
   _check_block_size(block_size)
-  query = _unit(query) / temperature  # products with keys are similarities / temperature
+  query = _unit(query)
+  query = query / jnp.asarray(temperature, query.dtype)  # products with keys are similarities / temperature
   key = lax.stop_gradient(_unit(key))
   if queue is not None:
     if not jnp.issubdtype(queue.dtype, jnp.floating):
@@ -184,7 +187,8 @@ def _other_views_backward(axis_name, block_size, saved, g):
     return (own_g * jnp.exp(s - own_total) + all_g * jnp.exp(s - all_total)) @ views
 
   rows = _own_views(views, axis_name), jnp.tile(_places(total.shape[1], axis_name), 2)
-  out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), block_size)
+  with jax.default_matmul_precision("highest"):  # This is traced later than the loss is.
+    out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), block_size)
   return out[: total.shape[1]], out[total.shape[1] :]
 
 

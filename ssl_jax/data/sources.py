@@ -1,0 +1,309 @@
+"""What `ssl_jax.data.prepare` reads: a folder of images, and CIFAR's and ImageNet's published archives.
+
+Nothing is unpacked to disk, and no more than one image (CIFAR: one of its files) is in memory.
+"""
+
+import dataclasses
+import functools
+import io
+import itertools
+import os
+import pathlib
+import pickle
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from ssl_jax.data.folder import EXTENSIONS, find_images
+from ssl_jax.data.image import ImageError, read_image
+from ssl_jax.errors import UserError
+
+CIFAR_AT = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+
+class Item(NamedTuple):
+  """One image.
+
+  Attributes:
+    name: for messages and `skipped.txt`.
+    image: the encoded bytes; None where it cannot be read.
+    label: -1 where there is none.
+    reason: why it cannot be read.
+  """
+
+  name: str
+  image: bytes | None
+  label: int
+  reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What is written.
+
+  Attributes:
+    splits: for each split, `read(start)`: its items from number `start` on, the same ones whenever it is asked.
+    classes: names of the labels; none: no labels.
+    fingerprint: of the input: preparation goes on where it stopped only from the same one.
+    description: a sentence for dataset_info.json.
+    size: (height, width) of all images; None where they differ.
+    homepage: where it comes from.
+  """
+
+  splits: Mapping[str, Callable[[int], Iterator[Item]]]
+  classes: list[str]
+  fingerprint: str
+  description: str
+  size: tuple[int, int] | None = None
+  homepage: str = ""
+
+  def features(self, encoding: str | None) -> Any:
+    """TFDS's features, for images that are all `encoding`; None: some are JPEG and some PNG."""
+    image = tfds.features.Image(shape=(*(self.size or (None, None)), 3), encoding_format=encoding)
+    label = {"label": tfds.features.ClassLabel(names=self.classes)} if self.classes else {}
+    return tfds.features.FeaturesDict({"image": image, **label})
+
+
+def folder_source(root: pathlib.Path) -> Source:
+  """The images that `load_folder` finds.
+
+  The folders train, val and test are the splits where there is one of them (what lies beside them is left out), and
+  everything is "train" otherwise.
+  Classes are numbered over all splits together, by the bytes of their names. A split with an image outside of any class
+  folder has no labels (-1).
+
+  Raises:
+    UserError: no folder, no images, or a class whose name a file of names cannot hold.
+  """
+  if not root.is_dir():
+    raise UserError(f"there is no folder {root}: name the folder that holds the images.")
+  roots = {split: root / split for split in ("train", "val", "test") if (root / split).is_dir()} or {"train": root}
+  names = {split: find_images(folder) for split, folder in roots.items()}
+  names = {split: found for split, found in names.items() if found}
+  if not names:
+    raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): name the folder that does.")
+  labelled = [split for split, found in names.items() if all(os.sep in name for name in found)]
+  classes = sorted({name.split(os.sep, 1)[0] for split in labelled for name in names[split]}, key=os.fsencode)
+  for name in classes:
+    if not name.isprintable() or name != name.strip():
+      raise UserError(f"{root}: the class folder {name!r} has a name that label.labels.txt cannot hold: rename it.")
+  number = {name: i for i, name in enumerate(classes)}
+  crc = 0
+  for split, found in names.items():
+    for name in found:
+      path = roots[split] / name
+      size = path.stat().st_size if path.exists() else -1  # a link that leads nowhere
+      crc = zlib.crc32(os.fsencode(f"{split}/{name}\0{size}\0"), crc)
+
+  def read(split, start):
+    for name in itertools.islice(names[split], start, None):
+      label = number[name.split(os.sep, 1)[0]] if split in labelled else -1
+      shown = f"{split}/{name}" if roots[split] != root else name
+      try:
+        yield check_image(shown, (roots[split] / name).read_bytes(), label)
+      except OSError as error:
+        yield Item(shown, None, label, (error.strerror or str(error)).lower())
+
+  splits = {split: functools.partial(read, split) for split in names}
+  fingerprint = f"{sum(map(len, names.values()))} files, {crc:08x}"
+  return Source(splits, classes, fingerprint, f"The images of the folder {root.name}.")
+
+
+def check_image(name: str, encoded: bytes, label: int) -> Item:
+  """JPEG and PNG as they are, other formats as the PNG of what `read_image` makes of them."""
+  try:
+    pixels = read_image(encoded)
+  except ImageError as error:
+    return Item(name, None, label, str(error))
+  if not encoded.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+    encoded = to_png(pixels)
+  return Item(name, encoded, label)
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+  png = io.BytesIO()
+  PIL.Image.fromarray(pixels).save(png, format="png")
+  return png.getvalue()
+
+
+def cifar_source(name: str, source: pathlib.Path) -> Source:
+  """CIFAR-10 or CIFAR-100 from the published python archive, in the order of its files. CIFAR-100's labels are fine.
+
+  Args:
+    name: "cifar10" or "cifar100".
+    source: the archive, or the folder that holds it.
+
+  Raises:
+    UserError: it is missing or damaged. On reading too: a file of it is not what it should be.
+  """
+  if name == "cifar10":
+    archive, inside, meta, key = "cifar-10-python.tar.gz", "cifar-10-batches-py", "batches.meta", "label"
+    files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+  else:
+    archive, inside, meta, key = "cifar-100-python.tar.gz", "cifar-100-python", "meta", "fine_label"
+    files = {"train": ["train"], "test": ["test"]}
+  path = source / archive if source.is_dir() else source
+  if not path.is_file():
+    raise UserError(f"there is no file {path}: download {archive} from {CIFAR_AT} and pass it as --from.")
+
+  def load(file):
+    try:
+      with tarfile.open(path) as tar:
+        content = tar.extractfile(f"{inside}/{file}")
+        return load_pickle(content)  # None, a folder, is an error too.
+    except Exception as error:  # A damaged pickle raises what it likes.
+      reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+      raise UserError(
+        f"{path}: {inside}/{file} cannot be read ({reason}). Download it again from {CIFAR_AT}."
+      ) from error
+
+  def read(split, start):
+    for file in files[split]:
+      batch = load(file)
+      images, labels = batch.get("data"), batch.get(f"{key}s")
+      shape = getattr(images, "shape", None)
+      valid = isinstance(images, np.ndarray) and images.dtype == np.uint8 and shape[1:] == (3072,)
+      if not valid or not isinstance(labels, list) or len(labels) != len(images):
+        raise UserError(f"{path}: {inside}/{file} should hold data uint8 [n, 3072] and {key}s [n], got data {shape}.")
+      for i in range(min(start, len(images)), len(images)):
+        if not isinstance(labels[i], int) or not 0 <= labels[i] < len(classes):
+          raise UserError(f"{path}: {inside}/{file} should hold labels below {len(classes)}, got {labels[i]!r}.")
+        pixels = images[i].reshape(3, 32, 32).transpose(1, 2, 0)
+        yield Item(f"{file}/{i}", to_png(np.ascontiguousarray(pixels)), labels[i])
+      start = max(0, start - len(images))
+
+  names = load(meta).get(f"{key}_names")
+  if not isinstance(names, list) or not names:
+    raise UserError(f"{path}: {inside}/{meta} should hold {key}_names. Download it again from {CIFAR_AT}.")
+  classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+  splits = {split: functools.partial(read, split) for split in files}
+  description = f"{'CIFAR-10' if name == 'cifar10' else 'CIFAR-100'} (Krizhevsky, 2009): 32x32 colour images."
+  return Source(splits, classes, _file_print(path), description, (32, 32), CIFAR_AT)
+
+
+class _Unpickler(pickle.Unpickler):
+  """Builds arrays, lists and scalars. A pickle may call any function by its name: all names but these are refused."""
+
+  ALLOWED = (
+    ("numpy.core.multiarray", "_reconstruct"),  # as Python 2 wrote it
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+  )
+
+  def find_class(self, module, name):
+    if (module, name) not in self.ALLOWED:
+      raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+    return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def load_pickle(file: Any) -> dict[str, Any]:
+  """A dictionary of arrays, lists and scalars that Python 2 or 3 pickled. Raises what it likes on other bytes."""
+  content = _Unpickler(file, encoding="bytes").load()
+  return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+
+
+def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> Source:
+  """ImageNet-1k from its two tar files, in their order; labels are the wnids' places in sorted order, as TFDS's are.
+
+  Args:
+    folder: holds ILSVRC2012_img_train.tar and, if there shall be a split "validation", ILSVRC2012_img_val.tar.
+    val_labels: a file with `filename wnid` a line; or one wnid a line, for the images in the order of their names. The
+      path "none" leaves the validation images out. Their tar file itself holds no labels.
+
+  Raises:
+    UserError: a file is missing or not what it should be.
+  """
+  train, val = folder / _TRAIN_TAR, folder / _VAL_TAR
+  if not train.is_file():
+    raise UserError(f"there is no file {train}: --from must be the folder with {_TRAIN_TAR} (and {_VAL_TAR}).")
+  wnids = sorted(pathlib.Path(member.name).stem for _, member in _members(train) if member.name.endswith(".tar"))
+  if not wnids or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
+    raise UserError(f"{train} should hold one tar file a class (n01440764.tar, ...): download it again.")
+  number = {wnid: i for i, wnid in enumerate(wnids)}
+
+  def read_train(start):
+    seen = 0
+    for tar, member in _members(train):
+      wnid = pathlib.Path(member.name).stem
+      for inner, image in _members(train, tar.extractfile(member)):
+        seen += 1
+        if seen > start:
+          yield check_image(f"{wnid}/{image.name}", _content(train, inner, image), number[wnid])
+
+  splits: dict[str, Callable[[int], Iterator[Item]]] = {"train": read_train}
+  fingerprint = _file_print(train)
+  if val.is_file() and str(val_labels) != "none":
+    if val_labels is None:
+      raise UserError(
+        f"{val} holds no labels: pass --val_labels=FILE with 'filename wnid' a line (or one wnid a line, in the order "
+        "of the names), or --val_labels=none to leave its images out."
+      )
+    labels = _val_labels(val, val_labels, number)
+
+    def read_val(start):
+      for i, (tar, member) in enumerate(_members(val)):
+        if i >= start:
+          name = pathlib.Path(member.name).name
+          yield check_image(name, _content(val, tar, member), labels[name])
+
+    splits["validation"] = read_val
+    fingerprint += f"; {_file_print(val)}; {zlib.crc32(repr(labels).encode()):08x}"
+  elif val_labels is not None and str(val_labels) != "none":
+    raise UserError(f"--val_labels is given, and there is no file {val}: put it there, or leave --val_labels out.")
+  description = "ImageNet-1k (Russakovsky et al., 2015): the images of ILSVRC2012."
+  return Source(splits, wnids, fingerprint, description, homepage="https://image-net.org")
+
+
+def _members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
+  """Yields (tar, member) for the files of a tar file, or of `file`, a tar file inside it."""
+  try:
+    with tarfile.open(path if file is None else None, "r:", fileobj=file) as tar:
+      while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # It would remember a million.
+        if member.isfile():
+          yield tar, member
+  except tarfile.TarError as error:
+    raise UserError(f"{path} is damaged, or no tar file ({error}): download it again.") from error
+
+
+def _content(path, tar, member):
+  try:
+    return tar.extractfile(member).read()
+  except tarfile.TarError as error:
+    raise UserError(f"{path} ends within {member.name} ({error}): download it again.") from error
+
+
+def _val_labels(val, file, number):
+  """{file name: label} of the validation images."""
+  names = sorted(pathlib.Path(member.name).name for _, member in _members(val))
+  try:
+    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--val_labels: {file} cannot be read ({error}).") from None
+  if all(len(line) == 1 for line in lines):
+    if len(lines) != len(names):
+      raise UserError(f"--val_labels: {file} should have {len(names)} lines, one an image of {val}, got {len(lines)}.")
+    lines = [[name, *line] for name, line in zip(names, lines, strict=True)]
+  for i, line in enumerate(lines, 1):
+    if len(line) != 2 or line[1] not in number:
+      raise UserError(
+        f"--val_labels: line {i} of {file} should be a wnid of {_TRAIN_TAR} as n01440764, or 'filename wnid', got "
+        f"{' '.join(line)!r}. The devkit's numbers are not wnids: its meta.mat translates them."
+      )
+  labels = {pathlib.PurePosixPath(name).name: number[wnid] for name, wnid in lines}
+  missing = [name for name in names if name not in labels]
+  if missing:
+    raise UserError(f"--val_labels: {file} has no line for {missing[0]}, and {len(missing)} are missing in all.")
+  return {name: labels[name] for name in names}
+
+
+def _file_print(path):
+  return f"{path.name}, {path.stat().st_size} bytes"
