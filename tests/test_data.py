@@ -681,3 +681,10 @@ def test_nothing_here_imports_tensorflow():
     "data.load('fashion_mnist_mini', 'test[:5]'); sys.exit('tensorflow' in sys.modules)"
   )
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet2012"])
+def test_what_is_not_there_is_prepared_by_our_own_command_where_there_is_one(tmp_path, name):
+  message = error_of(name, "train", data_dir=tmp_path)
+  assert f"python -m ssl_jax.data.prepare {name} --from=" in message and f"--data_dir={tmp_path}" in message
+  assert "tensorflow" not in message

@@ -87,9 +87,10 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
   files = Files(str(root), names, labels, channels)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
-  return Dataset(
-    files if array is None else array, labels, len(classes), str(folder), split, tuple(classes), fingerprint
-  )
+  if array is None:
+    fingerprint += ", one by one"  # whose crops are others
+  images = files if array is None else array
+  return Dataset(images, labels, len(classes), str(folder), split, tuple(classes), fingerprint)
 
 
 def find_images(root: pathlib.Path) -> list[str]:

@@ -20,6 +20,11 @@ from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.errors import UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
+_ARCHIVES = {
+  "cifar10": "--from=cifar-10-python.tar.gz",
+  "cifar100": "--from=cifar-100-python.tar.gz",
+  "imagenet2012": "--from=FOLDER --val_labels=FILE",
+}
 _READ_AT_ONCE = 1024  # One call a record would cost three times the time.
 
 
@@ -231,9 +236,12 @@ def _find(name, data_dir):
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
-  """The line that prepares `name`, for an error text: ours for Fashion-MNIST, else TFDS's with TensorFlow."""
+  """The line that prepares `name`, for an error text: ours where there is one, else TFDS's with TensorFlow."""
   if name in ("fashion_mnist", "fashion_mnist_mini"):
     return f"prepare it: python -m ssl_jax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
+  if name in _ARCHIVES:
+    given = f"{name} {_ARCHIVES[name]} --data_dir={shlex.quote(str(data_dir))}"
+    return f"prepare it from what its authors publish: python -m ssl_jax.data.prepare {given}"
   return (
     "prepare it, in an environment of its own: "
     "pip install tensorflow-cpu tensorflow-datasets importlib_resources pillow && "
