@@ -373,7 +373,7 @@ def test_an_image_of_another_size_than_declared_is_named(tmp_path):
 def test_bytes_that_are_no_image_are_damage(tmp_path, monkeypatch):
   monkeypatch.setattr(f"{__name__}.png", lambda image: b"no image")
   folder = write(tmp_path, draw(2, 4, 4, 3))
-  assert f"{folder} holds damaged records (UnidentifiedImageError" in error_of("foreign", "train", data_dir=tmp_path)
+  assert f"{folder} holds damaged records (ImageError: not an image" in error_of("foreign", "train", data_dir=tmp_path)
 
 
 def test_floats_are_refused(tmp_path):
@@ -688,3 +688,13 @@ def test_what_is_not_there_is_prepared_by_our_own_command_where_there_is_one(tmp
   message = error_of(name, "train", data_dir=tmp_path)
   assert f"python -m ssl_jax.data.prepare {name} --from=" in message and f"--data_dir={tmp_path}" in message
   assert "tensorflow" not in message
+
+
+def test_a_transparent_record_is_the_same_in_memory_and_streamed(tmp_path):
+  image = draw(4, 5, 4)
+  image[..., 3] = 0  # its hidden colours must not show
+  write(tmp_path, [image], image=tfds.features.Image(shape=(4, 5, 4), encoding_format="png"))
+  whole = data.load("foreign", "train", data_dir=tmp_path)
+  streamed = data.load("foreign", "train", data_dir=tmp_path, max_bytes=1)
+  np.testing.assert_array_equal(whole.images[0], streamed.images.read(0))
+  assert np.all(whole.images == 255)

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-import io
 import math
 import os
 import pathlib
@@ -316,16 +315,16 @@ def _decoded(builder, split, n, channels, prepare):
     source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
     for start in range(0, n, _READ_AT_ONCE):
       for example in source.__getitems__(list(range(start, min(start + _READ_AT_ONCE, n)))):
-        yield to_pixels(_image(example["image"]), channels), example
+        yield _pixels(example["image"], channels), example
   except Exception as error:  # ArrayRecord, protobuf and Pillow raise what they like on damaged bytes.
     raise UserError(f"{builder.data_dir} holds damaged records ({_brief(error)}). Delete it and {prepare}") from error
 
 
-def _image(value):
-  """A PNG or JPEG, or a uint8 array [h, w] or [h, w, c], as a Pillow image."""
+def _pixels(value, channels):
+  """An encoded image, or a uint8 array [h, w] or [h, w, c], as uint8 [h, w, channels]."""
   if isinstance(value, bytes):
-    return PIL.Image.open(io.BytesIO(value))
-  return PIL.Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
+    return read_image(value, channels)  # as where they are streamed
+  return to_pixels(PIL.Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value), channels)
 
 
 def _brief(error):
