@@ -8,7 +8,7 @@
   ours       `read_image` and `cut_views`: crops alone. Flip, colour, blur and normalisation are the device's.
   crops      PIL and RandomResizedCrop, to uint8 tensors: the same work.
   complete   PIL and the whole transform, to float32 tensors: what the host does in the usual PyTorch input. Its blur
-             is Pillow's, as in the official code of MoCo v2 and DINO: torchvision's takes longer.
+             is Pillow's, as in the official code of MoCo v2 and DINO.
 
 "calls" and "loader" (`stream.batches`, DataLoader, both in this process) run on one core, "threads" and "workers" on
 all that this process may use; against our threads stand the peer's workers. Numbers are medians over rounds in which
