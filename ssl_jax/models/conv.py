@@ -16,9 +16,17 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
-  """`lax.conv_general_dilated` for `flax.linen.Conv`: two axes, one group, no dilation.
+  """`lax.conv_general_dilated` as `flax.linen.Conv` calls it, for two axes, one group and no dilation.
 
-  On a CPU with gradients of its own, which have no forward mode.
+  Args:
+    x: float [b, H, W, C].
+    kernel: float [h, w, C, F].
+    strides: (vertical, horizontal).
+    padding: ((top, bottom), (left, right)), "SAME" or "VALID".
+    settings: the other arguments of `lax.conv_general_dilated`; a CPU needs none of them.
+
+  Returns:
+    float [b, H', W', F]. On a CPU its gradients are written here, and it has no forward mode (`jax.jvp`).
   """
   if jax.default_backend() != "cpu":
     return lax.conv_general_dilated(x, kernel, strides, padding, **settings)
