@@ -123,6 +123,16 @@ class Writer:
     self.board.close()
 
 
+class NoWriter:
+  """What stands in for a `Writer` on the processes that do not write."""
+
+  def write(self, row: dict[str, Any]) -> None: ...
+
+  def show(self, name: str, image: np.ndarray, step: int) -> None: ...
+
+  def close(self) -> None: ...
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """All whole rows of a metrics file; none if it does not exist."""
   rows = []

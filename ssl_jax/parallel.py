@@ -18,8 +18,8 @@ from ssl_jax.methods.base import AXIS, Aux
 
 
 def make_mesh() -> Mesh:
-  """All devices of all processes on one axis."""
-  return Mesh(np.array(jax.devices()), (AXIS,))
+  """All devices of all processes on one axis, a process's own side by side: it has a contiguous part of each batch."""
+  return Mesh(np.array(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -30,6 +30,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch: its first axis over the devices."""
   return NamedSharding(mesh, P(AXIS))
+
+
+def put_split(mesh: Mesh, tree: Any) -> Any:
+  """Arrays that every process has whole, as global arrays whose first axis is split over the devices."""
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, split(mesh), lambda at: x[at]), tree)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
