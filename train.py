@@ -54,30 +54,41 @@ def make_init(method: Method, optimizer: optax.GradientTransformation, views, im
   return init
 
 
+class Step(NamedTuple):
+  """One device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics), in two halves."""
+
+  gradient: Callable  # (TrainState, batch) -> (gradients, Aux) of this device's part of the batch
+  update: Callable  # (TrainState, gradients, Aux), of the whole batch by now -> (TrainState, metrics)
+
+  def __call__(self, train, batch):
+    grads, aux = self.gradient(train, batch)
+    return self.update(train, lax.pmean(grads, AXIS), parallel.combine(aux, AXIS))
+
+
 def make_step(method: Method, optimizer: optax.GradientTransformation, views, seed: int, microbatch: int | None = None):
-  """Returns one device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics).
+  """Returns the training step.
 
   `microbatch` is how many images of the global batch are encoded at once; None: all.
   """
 
-  def train_step(train, batch):
-    step, params, state, opt_state = train
+  def gradient(train, batch):
+    step, params, state, _ = train
     images = batch["image"]  # or, where they are streamed, the crops of each resolution
     b = jax.tree.leaves(images)[0].shape[0]
     positions = lax.axis_index(AXIS) * b + jnp.arange(b)
 
-    def gradient(images, positions):
+    def of_images(images, positions):
       keys = augment.example_keys(seed, step, positions)
       drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
       (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
       return grads, aux
 
     # Where the loss is not a mean over examples, the method itself encodes by microbatches.
-    by_chunks = parallel.accumulate(gradient, microbatch, AXIS) if method.separable else gradient
-    grads, aux = by_chunks(images, positions)
-    grads = lax.pmean(grads, AXIS)
-    aux = parallel.combine(aux, AXIS)
+    by_chunks = parallel.accumulate(of_images, microbatch, AXIS) if method.separable else of_images
+    return by_chunks(images, positions)
 
+  def update(train, grads, aux):
+    step, params, state, opt_state = train
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     state = method.update(params, state, aux, step)
@@ -90,7 +101,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, views, se
     new = TrainState(step + 1, params, state, opt_state)
     return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, train), row
 
-  return train_step
+  return Step(gradient, update)
 
 
 class Plan(NamedTuple):
@@ -137,13 +148,16 @@ def make_plan(config) -> Plan:
   image_shape = (views[0].size, views[0].size, channels) if train_set.is_streamed else train_set.images.shape[1:]
   try:
     method, encoder = module.from_config(config, steps, steps_per_epoch), module.make_encoder(config)
-    init = jax.jit(
-      make_init(method, optimizer, views, image_shape, config.seed),
-      out_shardings=parallel.replicated(mesh),
-    )
-    state = parallel.abstract(init.eval_shape(), parallel.replicated(mesh))
+    init = make_init(method, optimizer, views, image_shape, config.seed)
+    step = make_step(method, optimizer, views, config.seed, config.microbatch)
+    state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
     optim.check_rules(config, state.params)
-    train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed, config.microbatch), mesh)
+    if config.parallel.shard_state:
+      state = parallel.sharded(state, mesh)
+      train_step = parallel.compile_sharded_step(step.gradient, step.update, state, mesh)
+    else:
+      train_step = parallel.compile_step(step, mesh)
+    init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state))
     images: Any = jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8)
     if train_set.is_streamed:
       counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
@@ -250,6 +264,8 @@ def describe(config, plan: Plan) -> list[str]:
     f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
     f"data: {name}, {len(images):,} images {kind}",
     f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
+    f"state: {parallel.bytes_a_device(plan.state) / 2**20:,.1f} MiB a device"
+    f"{', sharded' if config.parallel.shard_state else ''}",
     f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
     f"end {config.lr.end:g}",

@@ -14,9 +14,9 @@ from ssl_jax.errors import UserError
 
 # What may change between the runs of one workdir: none of it changes a number of the training.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
+FREE_PREFIXES = ("parallel.", "data.data_dir", "data.threads", "data.workers", "knn.", "eval_view.")
 # What may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
-FREE_PREFIXES = ("data.data_dir", "data.threads", "data.workers", "knn.", "eval_view.")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -29,6 +29,9 @@ def base() -> ml_collections.ConfigDict:
   config.batch_size = 256  # global
   config.microbatch = config_dict.placeholder(int)  # images encoded at once, of the global batch; None: all
   config.dtype = "float32"  # of the computation
+
+  # Optimizer state, teacher and parameters split over the devices: less memory, the same numbers.
+  config.parallel = ml_collections.ConfigDict(dict(shard_state=False))
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "fashion_mnist_mini"

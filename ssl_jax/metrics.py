@@ -218,7 +218,7 @@ def format_duration(seconds: float) -> str:
 def nonfinite_leaf(tree: Any) -> str | None:
   """The path of the first array of a tree that holds NaN or infinity."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if not np.isfinite(np.asarray(leaf)).all():
+    if not jnp.all(jnp.isfinite(leaf)):  # wherever its parts are
       return jax.tree_util.keystr(path, simple=True, separator="/")
   return None
 
