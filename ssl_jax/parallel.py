@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax.methods.base import AXIS, Aux
 
+SMALLEST_SPLIT = 2**14  # entries: a collective of its own would cost more than the memory of smaller arrays is worth
+
 
 def make_mesh() -> Mesh:
   """All devices of all processes on one axis, a process's own side by side: it has a contiguous part of each batch."""
@@ -59,10 +61,10 @@ def compile_step(step: Callable, mesh: Mesh) -> Callable:
 
 
 def sharded(tree: Any, mesh: Mesh) -> Any:
-  """The shapes of a tree, each array split over the devices along its last axis that divides; whole where none does."""
+  """The shapes of a tree, each large array split over the devices along its last axis that divides."""
 
   def split_last(x):
-    axes = [i for i, size in enumerate(x.shape) if size and size % mesh.size == 0]
+    axes = [i for i, size in enumerate(x.shape) if x.size >= SMALLEST_SPLIT and size % mesh.size == 0]
     spec = P(*[AXIS if i == axes[-1] else None for i in range(x.ndim)]) if axes else P()
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 

@@ -177,6 +177,7 @@ def test_a_sharded_state_gives_the_same_steps_in_a_part_of_the_memory(name, mesh
   config = small(name)
   want, want_rows = steps_on(config, mesh(4), monkeypatch)
   config.parallel.shard_state = True
+  monkeypatch.setattr(parallel, "SMALLEST_SPLIT", 1)
   got, rows = steps_on(config, mesh(4), monkeypatch)
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
     scale = max(float(np.max(np.abs(y))), 1e-3)
@@ -195,6 +196,7 @@ def test_a_sharded_state_gives_the_same_steps_in_a_part_of_the_memory(name, mesh
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae_quickstart", "dino_quickstart"])
 def test_checkpoints_of_a_sharded_state_are_read_whole_and_the_other_way_round(name, tmp_path, mesh, monkeypatch):
+  monkeypatch.setattr(parallel, "SMALLEST_SPLIT", 1)
   for workdir, runs in (
     ("whole", [(1, False, None)]),
     ("changing", [(4, True, 3), (1, False, 5), (2, True, None)]),
