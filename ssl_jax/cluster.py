@@ -148,7 +148,7 @@ def check_shared(folder: pathlib.Path) -> None:
 def listen_for_sigterm() -> Callable[[int], bool]:
   """Returns `stopping(step)`, asked after each step: whether the run is to end there, on all processes alike.
 
-  SIGTERM to any one process is enough. A second one ends a process at once.
+  SIGTERM to any one process is enough. Where there is only one, a second SIGTERM ends it at once.
   """
   if jax.distributed.is_initialized():
     return multihost_utils.reached_preemption_sync_point

@@ -112,6 +112,32 @@ def test_where_a_process_is_killed_the_others_end_with_a_word(cache, tmp_path):
 
 
 @SLOW
+@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+def test_a_launchers_processes_find_each_other(cache, tmp_path, launcher):
+  def found_by(i):
+    if launcher == "slurm":
+      at = dict(JOB_ID="1", STEP_NODELIST="localhost", NTASKS="2", PROCID=str(i), LOCALID=str(i))
+      return {f"SLURM_{name}": value for name, value in at.items()}
+    at = dict(COMM_WORLD_SIZE="2", COMM_WORLD_RANK=str(i), COMM_WORLD_LOCAL_RANK=str(i))
+    return {f"OMPI_{name}": value for name, value in at.items()} | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"}
+
+  port = {"JAX_COORDINATOR_PORT": address().partition(":")[2]}
+  running = [
+    subprocess.Popen(
+      command("train.py", tmp_path / "run", stop_after_steps=2),
+      env=environment(cache) | port | found_by(i),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=ROOT,
+    )
+    for i in range(2)
+  ]
+  (status, text), (other, _) = outputs(running)
+  assert (status, other) == (0, 0) and "in 2 process(es)" in text, text
+
+
+@SLOW
 def test_a_lost_coordinator_ends_the_others_and_the_run_goes_on_exactly(unbroken, cache, tmp_path):
   whole, workdir = tmp_path / "whole", tmp_path / "run"
   assert [status for status, _ in outputs(launch(cache, whole))] == [0, 0]
