@@ -10,6 +10,7 @@ docs/pods.md. CPU programs compute bfloat16 in float32 in places, so their tempo
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -27,11 +28,14 @@ from ssl_jax import config as configs
 from ssl_jax.methods.base import AXIS
 
 RECIPES = ["simclr_imagenet", "moco_imagenet:v3_vit", "byol_imagenet", "mae_imagenet:large", "dino_imagenet:boost"]
-# Peak dense bfloat16 FLOP/s, and bytes/s that a device sends to its neighbours: the vendors' data sheets. A TPU v5e has
-# four links of 50 GB/s each way, two of which a ring uses; beyond a host of eight, an H100 has 400 Gbit/s.
-CHIPS = {"TPU v5e": (197e12, lambda n: 100e9), "H100": (989e12, lambda n: 450e9 if n <= 8 else 50e9)}
+# Peak dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, from the vendors' data sheets, and seconds
+# until a message has gone round, an assumption. TPU v5e: a torus with four links of 50 GB/s each way, of which a ring
+# uses two, 1 us a hop along both of its sides. H100: NVLink in a host of eight, 400 Gbit/s beyond, 5 us a level of a tree.
+CHIPS = {
+  "TPU v5e": (197e12, lambda n: 100e9, lambda n: 2e-6 * (n**0.5 - 1)),
+  "H100": (989e12, lambda n: 450e9 if n <= 8 else 50e9, lambda n: 1e-5 * math.log2(n)),
+}
 UTILISATION = 0.4  # of the peak while computing: an assumption
-HOP = 5e-6  # seconds for a message to a neighbour: an assumption
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shapes>.*?) (?P<kind>{KINDS})(?P<start>-start)?\(")
@@ -90,9 +94,9 @@ def collectives(text, devices):
 
 def efficiency(flops, sent, count, devices, chip):
   """Share of the time that is spent on computing where nothing overlaps."""
-  peak, link = CHIPS[chip]
+  peak, link, latency = CHIPS[chip]
   computing = flops / (UTILISATION * peak)
-  return computing / (computing + sent / link(devices) + count * (devices - 1) * HOP * (devices > 1))
+  return computing / (computing + sent / link(devices) + count * latency(devices))
 
 
 def main():
