@@ -28,9 +28,10 @@ from ssl_jax import config as configs
 from ssl_jax.methods.base import AXIS
 
 RECIPES = ["simclr_imagenet", "moco_imagenet:v3_vit", "byol_imagenet", "mae_imagenet:large", "dino_imagenet:boost"]
-# Peak dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, from the vendors' data sheets, and seconds
-# until a message has gone round, an assumption. TPU v5e: a torus with four links of 50 GB/s each way, of which a ring
-# uses two, 1 us a hop along both of its sides. H100: NVLink in a host of eight, 400 Gbit/s beyond, 5 us a level of a tree.
+# Peak dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, from the vendors' data sheets, and the
+# seconds until a message has gone round, an assumption. TPU v5e: a torus with four links of 50 GB/s each way, of which
+# a ring uses two, 1 us a hop along both of its sides. H100: NVLink in a host of eight, 400 Gbit/s beyond, 5 us a level
+# of a tree, up and down.
 CHIPS = {
   "TPU v5e": (197e12, lambda n: 100e9, lambda n: 2e-6 * (n**0.5 - 1)),
   "H100": (989e12, lambda n: 450e9 if n <= 8 else 50e9, lambda n: 1e-5 * math.log2(n)),
