@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from ssl_jax import data, evaluate, parallel
+from ssl_jax import cluster, data, evaluate, parallel
 from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
 
@@ -61,7 +61,8 @@ def main() -> int:
     score = evaluate.knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
-  (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")
+  if cluster.is_main():
+    (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")
   say(json.dumps(figures))
   return 0
 

@@ -1,10 +1,11 @@
-"""Trains an encoder without labels, on all devices of one host; the loop is this file, top to bottom.
+"""Trains an encoder without labels, on all devices of all hosts; the loop is this file, top to bottom.
 
   python train.py                                             SimCLR on the built-in images
   python train.py --config=configs/simclr_cifar10.py --workdir=runs/cifar --config.data.data_dir=D
   python train.py --config.seed=1 --config.steps=500          any key of a config can be set so
 
-Started again with the same workdir, it goes on from the last checkpoint, exactly.
+Started again with the same workdir, it goes on from the last checkpoint, exactly. On a pod or a cluster the same
+command is started on every host; they find each other (docs/pods.md).
 """
 
 import contextlib
@@ -23,9 +24,9 @@ from absl import flags
 from jax import lax
 from ml_collections import config_flags
 
-from ssl_jax import augment, checkpoint, data, evaluate, flops, methods, metrics, optim, parallel
+from ssl_jax import augment, checkpoint, cluster, data, evaluate, flops, methods, metrics, optim, parallel
 from ssl_jax import config as configs
-from ssl_jax.cli import listen_for_sigterm, run, say
+from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import AXIS, Method
 
@@ -53,30 +54,41 @@ def make_init(method: Method, optimizer: optax.GradientTransformation, views, im
   return init
 
 
+class Step(NamedTuple):
+  """One device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics), in two halves."""
+
+  gradient: Callable  # (TrainState, batch) -> (gradients, Aux) of this device's part of the batch
+  update: Callable  # (TrainState, gradients, Aux), of the whole batch by now -> (TrainState, metrics)
+
+  def __call__(self, train, batch):
+    grads, aux = self.gradient(train, batch)
+    return self.update(train, lax.pmean(grads, AXIS), parallel.combine(aux, AXIS))
+
+
 def make_step(method: Method, optimizer: optax.GradientTransformation, views, seed: int, microbatch: int | None = None):
-  """Returns one device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics).
+  """Returns the training step.
 
   `microbatch` is how many images of the global batch are encoded at once; None: all.
   """
 
-  def train_step(train, batch):
-    step, params, state, opt_state = train
+  def gradient(train, batch):
+    step, params, state, _ = train
     images = batch["image"]  # or, where they are streamed, the crops of each resolution
     b = jax.tree.leaves(images)[0].shape[0]
     positions = lax.axis_index(AXIS) * b + jnp.arange(b)
 
-    def gradient(images, positions):
+    def of_images(images, positions):
       keys = augment.example_keys(seed, step, positions)
       drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
       (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
       return grads, aux
 
     # Where the loss is not a mean over examples, the method itself encodes by microbatches.
-    by_chunks = parallel.accumulate(gradient, microbatch, AXIS) if method.separable else gradient
-    grads, aux = by_chunks(images, positions)
-    grads = lax.pmean(grads, AXIS)
-    aux = parallel.combine(aux, AXIS)
+    by_chunks = parallel.accumulate(of_images, microbatch, AXIS) if method.separable else of_images
+    return by_chunks(images, positions)
 
+  def update(train, grads, aux):
+    step, params, state, opt_state = train
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     state = method.update(params, state, aux, step)
@@ -89,7 +101,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation, views, se
     new = TrainState(step + 1, params, state, opt_state)
     return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, train), row
 
-  return train_step
+  return Step(gradient, update)
 
 
 class Plan(NamedTuple):
@@ -138,13 +150,16 @@ def make_plan(config) -> Plan:
   image_shape = (views[0].size, views[0].size, channels) if train_set.is_streamed else train_set.images.shape[1:]
   try:
     method, encoder = module.from_config(config, steps, steps_per_epoch), module.make_encoder(config)
-    init = jax.jit(
-      make_init(method, optimizer, views, image_shape, config.seed),
-      out_shardings=parallel.replicated(mesh),
-    )
-    state = parallel.abstract(init.eval_shape(), parallel.replicated(mesh))
+    init = make_init(method, optimizer, views, image_shape, config.seed)
+    step = make_step(method, optimizer, views, config.seed, config.microbatch)
+    state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
     optim.check_rules(config, state.params)
-    train_step = parallel.compile_step(make_step(method, optimizer, views, config.seed, config.microbatch), mesh)
+    if config.parallel.shard_state:
+      state = parallel.sharded(state, mesh)
+      train_step = parallel.compile_sharded_step(step.gradient, step.update, state, mesh)
+    else:
+      train_step = parallel.compile_step(step, mesh)
+    init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state))
     images: Any = jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8)
     if train_set.is_streamed:
       counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
@@ -154,15 +169,15 @@ def make_plan(config) -> Plan:
     if config.microbatch and not method.separable:  # Such a method encodes twice, which are no FLOPs of the model.
       whole = config.copy_and_resolve_references()
       whole.microbatch = None
-      step = make_step(module.from_config(whole, steps, steps_per_epoch), optimizer, views, config.seed)
-      step_flops = flops.count(parallel.compile_step(step, mesh).trace(state, batch).jaxpr)
+      whole_step = make_step(module.from_config(whole, steps, steps_per_epoch), optimizer, views, config.seed)
+      step_flops = flops.count(parallel.compile_step(whole_step, mesh).trace(state, batch).jaxpr)
     extractor = evaluate.Extractor(encoder, config, mesh, config.batch_size)
     shown = test_set or train_set
     for dataset in (bank or shown, shown):
       extractor.trace(method.encoder(state.params, state.state), dataset)
     view = configs.eval_view(config)
     painter_view = view._replace(resize=None, size=None) if shown.is_streamed else view  # else the device resizes
-    painter = evaluate.make_painter(method, painter_view) if method.pictures else None
+    painter = evaluate.make_painter(method, painter_view, mesh) if method.pictures else None
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
   last_step = min(steps, config.stop_after_steps or steps)
@@ -175,8 +190,10 @@ def make_plan(config) -> Plan:
 
 def main(config, workdir: pathlib.Path) -> int:
   """Trains. Returns the exit status: 0, or 143 where SIGTERM ended the run."""
-  stopping = listen_for_sigterm()
-  plan = make_plan(config)
+  stopping = cluster.listen_for_sigterm()
+  plan = cluster.together(lambda: make_plan(config))
+  cluster.check_alike(configs.facts(config) | {"images": f"{len(plan.train_set.images)} {plan.train_set.fingerprint}"})
+  cluster.check_shared(workdir)
   folder = workdir / "checkpoints"
   if checkpoint.steps(folder):
     if not (workdir / "config.json").is_file():
@@ -188,9 +205,10 @@ def main(config, workdir: pathlib.Path) -> int:
   if start >= plan.last_step:
     say(f"complete: {workdir} holds the checkpoint of step {start}, of {plan.last_step}; nothing to do")
     return 0
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_whole(workdir / "config.json", json.dumps(configs.to_json(config), indent=2) + "\n")
-  write_whole(workdir / "files.txt", plan.train_set.fingerprint)
+  if cluster.is_main():
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(workdir / "config.json", json.dumps(configs.to_json(config), indent=2) + "\n")
+    write_whole(workdir / "files.txt", plan.train_set.fingerprint)
   for line in describe(config, plan):
     say(line)
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
@@ -199,14 +217,15 @@ def main(config, workdir: pathlib.Path) -> int:
   train = TrainState(**restored[1]) if restored else plan.init()
   waiting: list[tuple[int, dict]] = []  # (step, metrics) still on the device
   with (
-    contextlib.closing(metrics.Writer(workdir, start if restored else -1)) as writer,
+    contextlib.closing(make_writer(workdir, start if restored else -1)) as writer,
     contextlib.closing(checkpoint.manager(folder, config.keep_checkpoints)) as saver,  # waits for its saves
+    cluster.ending_together(),
   ):
     if start == 0:
       evaluation(config, plan, writer, train, 0)
       draw_pictures(config, plan, writer, train, 0, workdir)
     clock = metrics.Clock(start, config.batch_size)
-    batches = read_batches(config, plan, start, workdir / "skipped.txt")
+    batches = read_batches(config, plan, start, workdir)
     for step in range(start + 1, plan.last_step + 1):
       with clock.waiting():
         batch = next(batches)
@@ -219,14 +238,14 @@ def main(config, workdir: pathlib.Path) -> int:
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
 
-      ends = step == plan.last_step or stopping()
+      ends = step == plan.last_step or stopping(step)
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.
         top1 = evaluation(config, plan, writer, train, step) if evaluates else None
         if evaluates:
           draw_pictures(config, plan, writer, train, step, workdir)
-        if step == plan.last_step:
+        if step == plan.last_step and cluster.is_main():
           metrics.draw_curves(workdir, plan.chance, f"{config.method.name}, {plan.train_set.name}")
         checkpoint.save(saver, step, train._asdict(), top1)
         clock.restart(step)
@@ -235,6 +254,8 @@ def main(config, workdir: pathlib.Path) -> int:
   if step < plan.last_step:
     say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
     return 143
+  if not cluster.is_main():
+    return 0
   for line in summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
     say(line)
   for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures"):
@@ -253,6 +274,8 @@ def describe(config, plan: Plan) -> list[str]:
     f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
     f"data: {name}, {len(images):,} images {kind}",
     f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
+    f"state: {parallel.bytes_a_device(plan.state) / 2**20:,.1f} MiB a device"
+    f"{', sharded' if config.parallel.shard_state else ''}",
     f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
     f"{flops.in_words(plan.flops)} a step" + (f" of the devices' {flops.in_words(plan.peak)}/s" if plan.peak else ""),
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
@@ -264,7 +287,9 @@ def describe(config, plan: Plan) -> list[str]:
   return lines if plan.test_set else [*lines, "no labels or no test split: the online k-NN is off"]
 
 
-def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, step: int) -> float | None:
+def evaluation(
+  config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, train: TrainState, step: int
+) -> float | None:
   """Writes an evaluation row. Returns the k-NN top-1 in percent, None where there are no labels."""
   if plan.bank is None or plan.test_set is None:
     return None
@@ -274,24 +299,30 @@ def evaluation(config, plan: Plan, writer: metrics.Writer, train: TrainState, st
   found = [*plan.extractor(variables, bank), *plan.extractor(variables, queries)]
   scores = evaluate.knn_accuracy(*found, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
-  if step == 0 and not bank.is_streamed and bank.images.shape[1:] == queries.images.shape[1:]:
+  if step == 0 and cluster.is_main() and not bank.is_streamed and bank.images.shape[1:] == queries.images.shape[1:]:
     row |= evaluate.pixel_baselines(bank, queries, **settings)
   writer.write(row)
   say(f"step {step}/{plan.steps}  k-NN top-1 {scores['top1']:.2f} %")
   return scores["top1"]
 
 
-def draw_pictures(config, plan: Plan, writer: metrics.Writer, train: TrainState, step: int, workdir) -> None:
+def draw_pictures(
+  config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, train: TrainState, step: int, workdir
+) -> None:
   """Writes pictures/<step>.png where the method has something to show."""
   if plan.painter is None:
     return
   images, _ = plan.extractor.pixels(evaluate.thinned(plan.test_set or plan.train_set, PICTURES))
   drawn = jax.device_get(plan.painter(train.params, train.state, images))
+  if not cluster.is_main():
+    return
   path = workdir / "pictures" / f"{step:08d}.png"
   writer.show("pictures", metrics.draw_pictures(path, drawn, f"{config.method.name}, step {step}"), step)
 
 
-def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, waiting: list, train: TrainState) -> None:
+def report(
+  config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, clock: metrics.Clock, waiting: list, train: TrainState
+) -> None:
   """Looks at all waiting steps, writes the rows that are due, and empties the list."""
   for step, values in jax.device_get(waiting):
     if not all(np.isfinite(value) for value in values.values()):
@@ -317,6 +348,11 @@ def report(config, plan: Plan, writer: metrics.Writer, clock: metrics.Clock, wai
   waiting.clear()
 
 
+def make_writer(workdir: pathlib.Path, step: int) -> metrics.Writer | metrics.NoWriter:
+  """One of the processes writes."""
+  return metrics.Writer(workdir, step) if cluster.is_main() else metrics.NoWriter()
+
+
 def peak_learning_rate(config) -> float:
   return optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
 
@@ -336,10 +372,10 @@ def load_test_set(config) -> data.Dataset | None:
   return load(config, split)
 
 
-def read_batches(config, plan: Plan, start: int, skipped: pathlib.Path) -> Iterator[dict]:
+def read_batches(config, plan: Plan, start: int, workdir: pathlib.Path) -> Iterator[dict]:
   """Yields {"image": ...}, this process's part of each step's batch: images, or crops where they are streamed.
 
-  Files that cannot be read are told once, and listed in `skipped`.
+  Files that cannot be read are told once, and listed in skipped.txt, or in process 1's skipped_1.txt.
   """
   images, batch_size = plan.train_set.images, config.batch_size
   here = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -347,6 +383,7 @@ def read_batches(config, plan: Plan, start: int, skipped: pathlib.Path) -> Itera
     for step in range(start, plan.last_step):
       yield {"image": images[data.batch_indices(len(images), batch_size, config.seed, step, **here)]}
     return
+  skipped = workdir / ("skipped.txt" if cluster.is_main() else f"skipped_{jax.process_index()}.txt")
   told = set(skipped.read_text().splitlines()) if skipped.exists() else set()
   read = dict(threads=configs.threads(config), workers=config.data.workers, start=start, stop=plan.last_step)
   for batch in data.stream.batches(

@@ -1,7 +1,8 @@
-"""Checkpoints by Orbax: asynchronous, the last few and the best; restored on any number of devices."""
+"""Checkpoints by Orbax: asynchronous, the last few and the best; restored on any number of devices and processes."""
 
 import contextlib
 import gc
+import json
 import logging
 import pathlib
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
+from ssl_jax import cluster
 from ssl_jax.errors import UserError
 
 
@@ -49,7 +52,7 @@ def steps(folder: pathlib.Path) -> list[int]:
 def restore_newest(
   folder: pathlib.Path, abstract: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[int, dict[str, Any]] | None:
-  """Restores the newest checkpoint that can be read.
+  """Restores the newest checkpoint that can be read, on all processes the same.
 
   Args:
     folder: the checkpoints' folder.
@@ -63,20 +66,22 @@ def restore_newest(
     UserError: there are checkpoints, and none can be read.
   """
   errors: dict[int, str] = {}
-  for step in steps(folder):
-    try:
-      with _quiet():
-        state = restore(folder, step, abstract)
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-      errors[step] = first_line(error)
+  for step in json.loads(cluster.exchange(json.dumps(steps(folder)))[0]):
+    state, why = _on_all(_read, folder, step, abstract)
+    if not why:  # What verifies computes on all processes: all of them must have read.
+      state, why = _on_all(_verified, state)
+    if why:
+      errors[step] = why
       continue
     for bad, why in errors.items():
       target = folder.parent / "damaged" / str(bad)
-      target.parent.mkdir(exist_ok=True)
-      shutil.rmtree(target, ignore_errors=True)
-      shutil.move(folder / str(bad), target)
+      if cluster.is_main():
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(folder / str(bad), target)
       say(f"skipped the checkpoint of step {bad}, which cannot be read ({why}); it is now in {target}")
-    return step, state
+    cluster.exchange("moved")
+    return step, abstract | state
   if errors:
     newest, why = next(iter(errors.items()))
     raise UserError(
@@ -86,6 +91,17 @@ def restore_newest(
   return None
 
 
+def _on_all(function, *args):
+  """(what the function returns, ""), or (anything, why not) where it fails on one of the processes."""
+  result, why = None, ""
+  try:
+    with _quiet():
+      result = function(*args)
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
+    why = first_line(error)
+  return result, next(filter(None, cluster.exchange(why)), "")
+
+
 def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
   """Restores the parts of the checkpoint of `step` that `abstract` names, to the shardings that it has.
 
@@ -93,23 +109,41 @@ def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[s
     Exception: of many kinds, by Orbax and TensorStore, for files that are damaged or missing.
     ValueError: an array has another shape or type, or not the bits that were saved.
   """
+  return abstract | _verified(_read(folder, step, abstract))
+
+
+def _read(folder, step, abstract):
+  """The parts with their fingerprints; each process reads what its devices hold, and waits for no other."""
   parts = _with_arrays(abstract)
-  mark = jax.ShapeDtypeStruct((), jnp.uint32, sharding=jax.tree.leaves(parts)[0].sharding)
-  marked = {**parts, "fingerprint": dict.fromkeys(parts, mark)}
-  restore_args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), marked)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  marks = dict.fromkeys(parts, ocp.RestoreArgs(restore_type=np.ndarray))
+  to = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), parts)
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="read"
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
     state = reader.restore(
       (folder / str(step) / "state").absolute(),
-      args=ocp.args.PyTreeRestore(item=marked, restore_args=restore_args, partial_restore=True),
+      args=ocp.args.PyTreeRestore(
+        item={**parts, "fingerprint": dict.fromkeys(parts, np.uint32(0))},
+        restore_args={**to, "fingerprint": marks},
+        partial_restore=True,
+      ),
     )
-  for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(marked), strict=True):
+  for (path, want), got in zip(
+    jax.tree_util.tree_leaves_with_path(parts), jax.tree.leaves({name: state[name] for name in parts}), strict=True
+  ):
     if not isinstance(got, jax.Array) or (got.shape, got.dtype) != (want.shape, want.dtype):
       raise ValueError(f"{jax.tree_util.keystr(path)} is not there as {want.dtype}{list(want.shape)}")
+  return state
+
+
+def _verified(state):
+  """The parts without their fingerprints, which are computed again, on all processes."""
   marks = state.pop("fingerprint")
   changed = [name for name, part in state.items() if fingerprint(part) != marks[name]]
   if changed:
     raise ValueError(f"the bits of {', '.join(changed)} are not those that were saved")
-  return abstract | state
+  return state
 
 
 def _with_arrays(state):
@@ -139,7 +173,10 @@ def fingerprint(tree: Any) -> jax.Array:
   """A uint32 of all bits of a tree, computed where its arrays are: TensorStore does not notice a flipped bit."""
   total = jnp.uint32(0)
   for leaf in jax.tree.leaves(tree):
-    words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32).ravel()
+    words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.uint32(0)  # in row-major order, each device its own part's
+    for axis, size in enumerate(leaf.shape):
+      place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     # Odd weights by place, so that no changed word and no exchange of two leaves the sum as it was.
-    total = 31 * total + jnp.sum(words * (2 * lax.iota(jnp.uint32, words.size) + 1), dtype=jnp.uint32)
+    total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
   return total

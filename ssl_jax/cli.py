@@ -1,56 +1,52 @@
-"""What the commands share: mistakes in one line, flags, the compilation cache, signals."""
+"""What the commands share: mistakes in one line, flags, the compilation cache."""
 
 import glob
 import os
 import pathlib
 import re
 import runpy
-import signal
 import sys
 from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
 
+from ssl_jax import cluster
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 
 
 def say(line: str) -> None:
-  """One line on standard output, at once, so that a log file is as alive as a terminal."""
-  print(line, flush=True)
+  """One line on standard output, at once, so that a log file is as alive as a terminal; from one of the processes."""
+  if cluster.is_main():
+    print(line, flush=True)
 
 
 def run(main: Callable[[], int], recipe: str | None = None) -> None:
-  """Parses the flags and runs `main() -> exit status`; a user's mistake ends in one line and status 1.
+  """Joins the other processes, if there are any, and runs `main() -> exit status` with its flags parsed.
 
-  `recipe` is the file that --config means where it is not given.
+  A user's mistake ends in one line and status 1. `recipe` is the file that --config means where it is not given.
   """
+  address = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it itself"
+  )
+  count = flags.DEFINE_integer("num_processes", None, "how many processes train together")
+  number = flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on")
+  timeout = flags.DEFINE_integer("connect_timeout", 300, "seconds to wait for all of them", lower_bound=1)
 
   def wrapped(_):
     logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax tell a lot at INFO.
     _use_compilation_cache()
-    if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
-      say('an NVIDIA GPU is here, but JAX sees only the CPU; to use it: pip install -U "jax[cuda13]"')
     try:
-      return main()
+      cluster.connect(address.value, count.value, number.value, timeout.value)
+      if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
+        say('an NVIDIA GPU is here, but JAX sees only the CPU; to use it: pip install -U "jax[cuda13]"')
+      with cluster.ending_together(orderly=UserError):
+        return main()
     except UserError as error:
       _fail(str(error))
 
   app.run(wrapped, flags_parser=lambda argv: _parse(argv, recipe))
-
-
-def listen_for_sigterm() -> Callable[[], bool]:
-  """Returns a function that says whether SIGTERM has come. A second one ends the process at once."""
-  came = []
-
-  def handler(number, frame):
-    del frame
-    came.append(number)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-  signal.signal(signal.SIGTERM, handler)
-  return lambda: bool(came)
 
 
 def _use_compilation_cache():

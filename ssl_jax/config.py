@@ -14,7 +14,9 @@ from ssl_jax.errors import UserError
 
 # What may change between the runs of one workdir: none of it changes a number of the training.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
-FREE_PREFIXES = ("data.data_dir", "data.threads", "data.workers", "knn.", "eval_view.")
+FREE_PREFIXES = ("parallel.", "data.data_dir", "data.threads", "data.workers", "knn.", "eval_view.")
+# What may differ between the processes of one run.
+LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -27,6 +29,9 @@ def base() -> ml_collections.ConfigDict:
   config.batch_size = 256  # global
   config.microbatch = config_dict.placeholder(int)  # images encoded at once, of the global batch; None: all
   config.dtype = "float32"  # of the computation
+
+  # Optimizer state, teacher and parameters split over the devices: less memory, the same numbers.
+  config.parallel = ml_collections.ConfigDict(dict(shard_state=False))
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "fashion_mnist_mini"
@@ -154,6 +159,11 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
       f"this workdir was started with another config ({'; '.join(differ)}). "
       "Give the old values to go on with that run, or another --workdir to start a new one."
     )
+
+
+def facts(config: Any) -> dict[str, str]:
+  """The keys that all processes of a run must have alike, dotted, with their values as JSON."""
+  return {f"config.{key}": json.dumps(x) for key, x in _flatten(to_json(config)).items() if key not in LOCAL}
 
 
 def has_key(config: Any, key: str) -> bool:

@@ -24,7 +24,7 @@ from ssl_jax.methods.base import AXIS, Method
 
 
 class Extractor:
-  """Computes the features of a data set, on all devices of a mesh.
+  """Computes the features of a data set, on all devices of a mesh; each process reads its part of a batch.
 
   Images in memory take the evaluation view on the device. Streamed ones are resized and cropped on the host; where the
   recipe has no size for them, to that of its first view, from 8/7 of it.
@@ -38,9 +38,11 @@ class Extractor:
     self.host_view = self.view._replace(size=size, resize=resize)
 
     def compiled(view):
-      return parallel.compile_map(
-        lambda variables, images: encoder.apply(variables, augment.evaluation_view(images, view), train=False), mesh
-      )
+      def extract(variables, batch):
+        images, labels = batch
+        return encoder.apply(variables, augment.evaluation_view(images, view), train=False), labels
+
+      return parallel.compile_map(extract, mesh)
 
     self.whole = compiled(self.view)
     self.cut = compiled(self.view._replace(resize=None, size=None))
@@ -53,8 +55,9 @@ class Extractor:
         f"eval_view.resize={self.resize}."
       )
     shape = (self.batch_size, *self.image_shape(dataset))
-    images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=parallel.split(self.mesh))
-    (self.cut if dataset.is_streamed else self.whole).trace(variables, images)
+    batch = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:1], np.int32)
+    batch = parallel.abstract(batch, parallel.split(self.mesh))
+    (self.cut if dataset.is_streamed else self.whole).trace(variables, batch)
 
   def image_shape(self, dataset: Dataset) -> tuple[int, ...]:
     """Of the arrays that go to the device: (H, W, C)."""
@@ -63,33 +66,38 @@ class Extractor:
     return dataset.images.shape[1:]
 
   def pixels(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """What goes to the device, all of it, uint8 [n, H, W, C], and the labels [n]; for a few images."""
-    parts = [(images[keep], labels[keep]) for images, labels, keep in self._batches(dataset)]
+    """What goes to the devices, all of it, uint8 [n, H, W, C], and the labels [n]; for a few images."""
+    parts = [(images[keep], labels[keep]) for images, labels, keep in self._batches(dataset, 0, 1)]
     return np.concatenate([x for x, _ in parts]), np.concatenate([x for _, x in parts])
 
   def __call__(self, variables: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(features float32 [n, d], labels [n]), without images that have no label or cannot be read."""
+    """(features float32 [n, d], labels [n]), without images that have no label or cannot be read; on every process."""
     extract = self.cut if dataset.is_streamed else self.whole
     features, labels = [], []
-    for images, known, keep in self._batches(dataset):
-      keep = keep & (known >= 0)
-      features.append(np.asarray(extract(variables, parallel.put_batch(self.mesh, images)))[keep])
-      labels.append(known[keep])
+    for images, known, keep in self._batches(dataset, jax.process_index(), jax.process_count()):
+      batch = images, np.where(keep, known, -1).astype(np.int32)  # -1: filled up, unreadable or without a label
+      some, known = (np.asarray(x) for x in extract(variables, parallel.put_batch(self.mesh, batch)))
+      features.append(some[known >= 0])
+      labels.append(known[known >= 0])
     return np.concatenate(features), np.concatenate(labels)
 
-  def _batches(self, dataset):
-    """Yields (images [batch_size, H, W, C], labels [batch_size], which of them count: the last batch is filled up)."""
+  def _batches(self, dataset, process_index, process_count):
+    """Yields a process's part: (images [b, H, W, C], labels [b], which of them count: the last batch is filled up)."""
+    here = dict(process_index=process_index, process_count=process_count)
     if dataset.is_streamed:
-      yield from stream.evaluation_batches(dataset.images, self.host_view, self.batch_size, self.threads)
+      yield from stream.evaluation_batches(dataset.images, self.host_view, self.batch_size, self.threads, **here)
       return
-    for start in range(0, len(dataset.images), self.batch_size):
-      at = np.arange(start, start + self.batch_size)
+    local = self.batch_size // process_count
+    for start in range(process_index * local, len(dataset.images) + process_index * local, self.batch_size):
+      at = np.arange(start, start + local)
       images, labels = (np.take(x, at, axis=0, mode="clip") for x in (dataset.images, dataset.labels))
       yield images, labels, at < len(dataset.images)
 
 
-def make_painter(method: Method, view: augment.EvaluationView) -> Callable:
-  """Compiles (params, state, uint8 images [n, H, W, C]) -> the method's pictures, images back in [0, 1].
+def make_painter(method: Method, view: augment.EvaluationView, mesh: Mesh) -> Callable:
+  """Compiles (params, state, uint8 images [n, H, W, C]) -> the method's pictures, whole on every device.
+
+  Images are brought back to [0, 1].
 
   The same images get the same random numbers whenever they are drawn.
   """
@@ -101,7 +109,7 @@ def make_painter(method: Method, view: augment.EvaluationView) -> Callable:
     drawn = method.pictures(params, state, augment.evaluation_view(images, view), keys)
     return jax.tree.map(lambda x: jnp.clip(x * std + mean, 0, 1) if x.ndim == 4 else x, drawn)
 
-  return jax.jit(paint)
+  return jax.jit(paint, out_shardings=parallel.replicated(mesh))
 
 
 def knn_accuracy(
@@ -125,11 +133,11 @@ def knn_accuracy(
     return knn.accuracy(knn.knn_predict(bank, bank_labels, queries, **settings), labels, k=k)
   knn.check_finite(bank=bank, queries=queries)
   fill = -len(bank) % mesh.size
-  parts = jax.device_put(np.pad(bank, ((0, fill), (0, 0))), parallel.split(mesh))
-  part_labels = jax.device_put(np.pad(bank_labels, (0, fill), constant_values=-1), parallel.split(mesh))
+  filled = np.pad(bank, ((0, fill), (0, 0))), np.pad(bank_labels, (0, fill), constant_values=-1)
+  parts, part_labels = parallel.put_split(mesh, filled)
   exclude = np.full(len(queries), -1) if exclude is None else exclude
   search = _sharded_search(mesh, min(k, len(bank)), temperature, num_classes)
-  return knn.accuracy(search(parts, part_labels, queries, exclude), labels, k=k)
+  return knn.accuracy(np.asarray(search(parts, part_labels, queries, exclude)), labels, k=k)
 
 
 @functools.lru_cache(maxsize=8)  # one compilation for all evaluations of a run

@@ -123,6 +123,16 @@ class Writer:
     self.board.close()
 
 
+class NoWriter:
+  """What stands in for a `Writer` on the processes that do not write."""
+
+  def write(self, row: dict[str, Any]) -> None: ...
+
+  def show(self, name: str, image: np.ndarray, step: int) -> None: ...
+
+  def close(self) -> None: ...
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """All whole rows of a metrics file; none if it does not exist."""
   rows = []
@@ -208,7 +218,7 @@ def format_duration(seconds: float) -> str:
 def nonfinite_leaf(tree: Any) -> str | None:
   """The path of the first array of a tree that holds NaN or infinity."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if not np.isfinite(np.asarray(leaf)).all():
+    if not jnp.all(jnp.isfinite(leaf)):  # wherever its parts are
       return jax.tree_util.keystr(path, simple=True, separator="/")
   return None
 

@@ -4,6 +4,7 @@ A step is written as for `jax.pmap`: per-device code with a named axis. Since JA
 inside, and JAX asks new code to write the latter; so does `compile_step`. A test runs the same step under pmap.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax.methods.base import AXIS, Aux
 
+SMALLEST_SPLIT = 2**14  # entries: a collective of its own would cost more than the memory of smaller arrays is worth
+
 
 def make_mesh() -> Mesh:
-  """All devices of all processes on one axis."""
-  return Mesh(np.array(jax.devices()), (AXIS,))
+  """All devices of all processes on one axis, a process's own side by side: it has a contiguous part of each batch."""
+  return Mesh(np.array(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -30,6 +33,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch: its first axis over the devices."""
   return NamedSharding(mesh, P(AXIS))
+
+
+def put_split(mesh: Mesh, tree: Any) -> Any:
+  """Arrays that every process has whole, as global arrays whose first axis is split over the devices."""
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, split(mesh), lambda at: x[at]), tree)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
@@ -50,6 +58,58 @@ def compile_step(step: Callable, mesh: Mesh) -> Callable:
   """
   mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(P(), P()), check_vma=False)
   return jax.jit(mapped, donate_argnums=0)
+
+
+def sharded(tree: Any, mesh: Mesh) -> Any:
+  """The shapes of a tree, each large array split over the devices along its last axis that divides."""
+
+  def split_last(x):
+    axes = [i for i, size in enumerate(x.shape) if x.size >= SMALLEST_SPLIT and size % mesh.size == 0]
+    spec = P(*[AXIS if i == axes[-1] else None for i in range(x.ndim)]) if axes else P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+  return jax.tree.map(split_last, tree)
+
+
+def bytes_a_device(tree: Any) -> int:
+  """How much of a tree of shapes with shardings each device holds."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_sharded_step(gradient: Callable, update: Callable, state: Any, mesh: Mesh) -> Callable:
+  """Compiles the two halves of a step with the state split over the devices, as `sharded` says (ZeRO).
+
+  The parameters and the method's state are gathered for `gradient`, per-device code on the named axis, whose gradients
+  are reduced and scattered. `update` is code on global arrays, which XLA splits: each device has a part of the
+  optimizer state and of the teacher, and makes a part of the update. The numbers are `compile_step`'s, but for the
+  order of sums.
+
+  Args:
+    gradient: (state, batch) -> (gradients, Aux), of one device's part of the batch.
+    update: (state, gradients, Aux) -> (state, metrics).
+    state: shapes of the TrainState with shardings.
+    mesh: its devices.
+  """
+  specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+
+  def scattered(train, batch):
+    grads, aux = gradient(train, batch)
+    return jax.tree.map(_mean_part, grads, specs), combine(aux, AXIS)
+
+  mapped = jax.shard_map(scattered, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(specs, P()), check_vma=False)
+
+  def step(train, batch):
+    return update(train, *mapped(train._replace(opt_state=()), batch))
+
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def _mean_part(x, spec):
+  """This device's part of the mean over devices."""
+  if AXIS not in spec:
+    return lax.pmean(x, AXIS)
+  return lax.psum_scatter(x, AXIS, scatter_dimension=spec.index(AXIS), tiled=True) / lax.axis_size(AXIS)
 
 
 def compile_map(function: Callable, mesh: Mesh) -> Callable:

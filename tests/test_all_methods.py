@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import train
-from ssl_jax import augment, data, metrics, parallel
+from runs import final_state
+from ssl_jax import augment, data, evaluate, metrics, parallel
 from ssl_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,6 +170,48 @@ def test_any_number_of_devices_gives_the_same_steps(name, devices, mesh, monkeyp
     np.testing.assert_allclose(x, y, rtol=0, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path))
   for a, b in zip(rows, want_rows, strict=True):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dino_quickstart", *slow("quickstart", "moco_quickstart", "mae_quickstart"), *SLOW])
+def test_a_sharded_state_gives_the_same_steps_in_a_part_of_the_memory(name, mesh, monkeypatch):
+  config = small(name)
+  want, want_rows = steps_on(config, mesh(4), monkeypatch)
+  config.parallel.shard_state = True
+  monkeypatch.setattr(parallel, "SMALLEST_SPLIT", 1)
+  got, rows = steps_on(config, mesh(4), monkeypatch)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    scale = max(float(np.max(np.abs(y))), 1e-3)
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+  for a, b in zip(rows, want_rows, strict=True):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
+  plan = train.make_plan(config)
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.state))
+  assert parallel.bytes_a_device(plan.state) < 0.3 * whole
+  held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(plan.init())]
+  assert sum(held) == parallel.bytes_a_device(plan.state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mae_quickstart", "dino_quickstart"])
+def test_checkpoints_of_a_sharded_state_are_read_whole_and_the_other_way_round(name, tmp_path, mesh, monkeypatch):
+  monkeypatch.setattr(parallel, "SMALLEST_SPLIT", 1)
+  for workdir, runs in (
+    ("whole", [(1, False, None)]),
+    ("changing", [(4, True, 3), (1, False, 5), (2, True, None)]),
+  ):
+    for devices, shard_state, stop in runs:
+      config = small(name)
+      config.parallel.shard_state, config.stop_after_steps = shard_state, stop
+      monkeypatch.setattr(train.parallel, "make_mesh", lambda devices=devices: mesh(devices))
+      assert train.main(config, tmp_path / workdir) == 0
+  a, b = (final_state(tmp_path / workdir, 8) for workdir in ("whole", "changing"))
+  a, b = ({part: tree for part, tree in state.items() if part != "fingerprint"} for state in (a, b))
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    scale = max(float(np.max(np.abs(y))), 1e-3)
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+  assert evaluate.restore_encoder(tmp_path / "changing").step == 8
 
 
 @pytest.mark.parametrize("name", ["moco_quickstart", "dino_quickstart", *slow("mae_quickstart"), *SLOW])

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+PODS = (ROOT / "docs" / "pods.md").read_text()
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL) for kind in ("bash", "python")}
 COMMANDS = [command.strip() for block in BLOCKS["bash"] for line in block.splitlines() for command in line.split("&&")]
 SMALL = "--config.data.split=train[:512] --config.data.test_split=test[:200] --config.stop_after_steps=2"
@@ -68,6 +69,18 @@ def test_every_command_runs_and_the_python_after_it(run):
       assert here["features"].shape[0] == 2 and "conv1.weight" in here["state_dict"]
 
 
+@pytest.mark.slow
+def test_two_processes_started_as_the_page_on_pods_says_end_well(run):
+  folder, _ = run
+  block = re.findall(r"```bash\n(.*?)```", PODS, re.DOTALL)[0]
+  script = block.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'} {SMALL}").replace(
+    "wait", "wait -n\nwait -n"
+  )
+  env = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(["bash", "-e", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0 and "in 2 process(es)" in done.stdout, done.stdout + done.stderr
+
+
 def test_every_file_and_key_that_is_named_exists():
-  for path in re.findall(r"`((?:configs|ssl_jax|tests)/[\w./]*)", TEXT):
+  for path in re.findall(r"`((?:configs|ssl_jax|tests|benchmarks)/[\w./]*)", TEXT + PODS):
     assert (ROOT / path).exists(), path

@@ -1,124 +1,23 @@
 """train.py and eval_knn.py from end to end, killed and resumed, with real processes where it matters."""
 
 import json
-import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
-import zlib
 
 import jax
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import train
+from runs import ROOT, SMALL, assert_same_run, checksums, finish, rows, start, wait_for_save, wait_for_step
 from ssl_jax import checkpoint, metrics
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
 SLOW = pytest.mark.slow
-# 8 steps an epoch, 20 steps, a checkpoint every 4, an evaluation every 8.
-SMALL = {
-  "data.split": "train[:512]",
-  "data.test_split": "test[:200]",
-  "batch_size": 64,
-  "steps": 20,
-  "encoder.width": 0.125,
-  "method.projector.hidden": 16,
-  "method.projector.features": 8,
-  "log_every_steps": 2,
-  "eval_every_epochs": 1,
-  "checkpoint_every_steps": 4,
-}
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-  """Compiled programs, shared by all runs of this file, in both workers of pytest-xdist."""
-  return shared_folder(tmp_path_factory) / "xla"
-
-
-def shared_folder(tmp_path_factory):
-  base = tmp_path_factory.getbasetemp()
-  return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-def command(script, workdir, *arguments, **overrides):
-  flags = [f"--config.{key}={value}" for key, value in {**SMALL, **overrides}.items()] if script == "train.py" else []
-  return [sys.executable, str(ROOT / script), f"--workdir={workdir}", *flags, *arguments]
-
-
-def environment(cache, devices=1):
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  return {**os.environ, "XLA_FLAGS": flags, "NPROC": "8", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-
-
-def start(cache, *args, devices=1, **overrides):
-  return subprocess.Popen(
-    command(*args, **overrides),
-    env=environment(cache, devices),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    cwd=ROOT,
-  )
-
-
-def finish(process, status=0):
-  out, _ = process.communicate(timeout=120)
-  assert process.returncode == status, out
-  return out
-
-
-def final_state(workdir, step=20):
-  return ocp.PyTreeCheckpointer().restore((workdir / "checkpoints" / str(step) / "state").absolute())
-
-
-def rows(workdir):
-  """The metrics without what depends on the clock."""
-  return [
-    {k: v for k, v in row.items() if k not in ("images_per_second", "input_share")}
-    for row in metrics.read_rows(workdir / "metrics.jsonl")
-  ]
-
-
-def assert_same_run(a, b):
-  """Every leaf of parameters, state and optimizer bit for bit, and every row once."""
-  got, want = (jax.tree_util.tree_leaves_with_path(final_state(d)) for d in (a, b))
-  assert [path for path, _ in got] == [path for path, _ in want]
-  for (path, x), (_, y) in zip(got, want, strict=True):
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
-  assert rows(a) == rows(b)
-
-
-def checksums(folder):
-  return {p: zlib.crc32(p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory, cache):
-  """A whole run: (workdir, what it printed). The first worker that asks makes it, another waits for it."""
-  folder = shared_folder(tmp_path_factory) / "unbroken"
-  workdir, printed = folder / "run", folder / "printed.txt"
-  try:
-    folder.mkdir()
-  except FileExistsError:
-    deadline = time.time() + 120
-    while not printed.exists():
-      assert time.time() < deadline
-      time.sleep(0.1)
-  else:
-    out = finish(start(cache, "train.py", workdir))
-    (folder / "scratch").write_text(out)
-    (folder / "scratch").rename(printed)
-  return workdir, printed.read_text()
 
 
 def test_a_run_tells_what_it_does_and_what_it_is_worth(unbroken):
@@ -194,23 +93,6 @@ def test_another_config_is_refused_with_both_values(unbroken, cache):
   out = finish(start(cache, "train.py", workdir, **{"lr.base": 0.125}), status=1)
   assert "lr.base: now 0.125, then 0.00" in out and "Traceback" not in out
   assert checksums(workdir) == before
-
-
-def wait_for_step(step):
-  def reached(workdir):
-    return any(row["step"] >= step for row in metrics.read_rows(workdir / "metrics.jsonl"))
-
-  return reached
-
-
-def wait_for_save(step):
-  """True while the checkpoint of `step` is being written, or just was."""
-
-  def reached(workdir):
-    folder = workdir / "checkpoints"
-    return folder.exists() and any(p.name.startswith(f"{step}.") or p.name == str(step) for p in folder.iterdir())
-
-  return reached
 
 
 def test_killed_at_several_instants_a_run_ends_bit_for_bit_like_an_unbroken_one(unbroken, cache, tmp_path):

@@ -118,15 +118,23 @@ def batches(
 
 
 def evaluation_batches(
-  images: Images, view: EvaluationView, batch_size: int, threads: int
+  images: Images,
+  view: EvaluationView,
+  batch_size: int,
+  threads: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """Yields (uint8 [batch_size, size, size, C], labels, bool [batch_size]: which could be read) over all, in order.
+  """Yields this process's part of batches over all images, in order.
 
-  The last batch is filled up with what counts as unreadable. `view.resize` and `view.size` are the host's work here.
+  `batch_size` is global; of a part: (uint8 [b, size, size, C], labels [b], bool [b]: which could be read). The last
+  batch is filled up with what counts as unreadable. `view.resize` and `view.size` are the host's work here.
   """
-  n = len(images)
+  n, local = len(images), batch_size // process_count
 
-  def example(i):
+  def example(j):
+    i = j // local * batch_size + process_index * local + j % local
     try:
       if i < n:
         return centre_crop(images.read(int(i)), view), np.int32(images.label(int(i))), np.True_
@@ -134,7 +142,7 @@ def evaluation_batches(
       pass
     return np.zeros((view.size, view.size, images.channels), np.uint8), np.int32(-1), np.False_
 
-  return _run(0, -(-n // batch_size) * batch_size, example, batch_size, threads, 0)
+  return _run(0, -(-n // batch_size) * local, example, local, threads, 0)
 
 
 def _run(start, stop, example, batch_size, threads, workers):

@@ -1,0 +1,148 @@
+"""What a training step sends and holds, a device, on 1 to 512 devices: counted in the compiled program, nothing is run.
+
+  PYTHONPATH=. python benchmarks/scaling.py
+  PYTHONPATH=. python benchmarks/scaling.py --recipes mae_imagenet:large --devices 4 8 --batch 64 --shard_state
+
+Each recipe at its paper's global batch, its step compiled ahead of time for virtual CPU devices. The time model is in
+docs/pods.md. CPU programs compute bfloat16 in float32 in places, so their temporaries are an upper bound.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=512"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+import train
+from ssl_jax import augment, methods, optim, parallel
+from ssl_jax import config as configs
+from ssl_jax.methods.base import AXIS
+
+RECIPES = ["simclr_imagenet", "moco_imagenet:v3_vit", "byol_imagenet", "mae_imagenet:large", "dino_imagenet:boost"]
+# Peak dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, from the vendors' data sheets, and seconds
+# until a message has gone round, an assumption. TPU v5e: a torus with four links of 50 GB/s each way, of which a ring
+# uses two, 1 us a hop along both of its sides. H100: NVLink in a host of eight, 400 Gbit/s beyond, 5 us a level of a tree.
+CHIPS = {
+  "TPU v5e": (197e12, lambda n: 100e9, lambda n: 2e-6 * (n**0.5 - 1)),
+  "H100": (989e12, lambda n: 450e9 if n <= 8 else 50e9, lambda n: 1e-5 * math.log2(n)),
+}
+UTILISATION = 0.4  # of the peak while computing: an assumption
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shapes>.*?) (?P<kind>{KINDS})(?P<start>-start)?\(")
+
+
+def load_recipe(name):
+  file, _, version = name.partition(":")
+  path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
+  spec = importlib.util.spec_from_file_location(file, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*([version] if version else []))
+
+
+def compile_step(config, devices):
+  """The training step for streamed images, as train.py compiles it."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+  views, steps_per_epoch = configs.views(config), 1_281_167 // config.batch_size
+  steps = config.steps or config.epochs * steps_per_epoch
+  optimizer = optim.from_config(
+    config, optim.schedule_from_config(config, steps, steps_per_epoch), steps, steps_per_epoch
+  )
+  method = methods.find(config.method.name).from_config(config, steps, steps_per_epoch)
+  init = train.make_init(method, optimizer, views, (views[0].size, views[0].size, 3), 0)
+  step = train.make_step(method, optimizer, views, 0, config.microbatch)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
+  if config.parallel.shard_state:
+    state = parallel.sharded(state, mesh)
+    program = parallel.compile_sharded_step(step.gradient, step.update, state, mesh)
+  else:
+    program = parallel.compile_step(step, mesh)
+  crops = tuple(
+    jax.ShapeDtypeStruct((config.batch_size, len(of), size, size, 3), np.uint8)
+    for size, of in augment.by_resolution(views).items()
+  )
+  return program.lower(state, parallel.abstract({"image": crops}, parallel.split(mesh))).compile()
+
+
+def collectives(text, devices):
+  """{kind: (count, bytes that a device sends)}; a ring sends (n - 1) / n of what is gathered or reduced."""
+  found = {}
+  for line in text.splitlines():
+    if not (match := COLLECTIVE.search(line)):
+      continue
+    kind = match["kind"]
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["shapes"])
+    size = sum(SIZES[t] * int(np.prod([int(x) for x in dims.split(",") if x])) for t, dims in arrays if t in SIZES)
+    if match["start"]:  # an asynchronous one lists its operands as well
+      size //= 2
+    sent = {"all-reduce": 2 * size, "reduce-scatter": size * devices}.get(kind, size)
+    sent = size if kind == "collective-permute" else sent * (devices - 1) / devices
+    count, total = found.get(kind, (0, 0))
+    found[kind] = count + 1, total + sent
+  return found
+
+
+def efficiency(flops, sent, count, devices, chip):
+  """Share of the time that is spent on computing where nothing overlaps."""
+  peak, link, latency = CHIPS[chip]
+  computing = flops / (UTILISATION * peak)
+  return computing / (computing + sent / link(devices) + count * latency(devices))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--recipes", nargs="+", default=RECIPES)
+  parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64, 512])
+  parser.add_argument("--batch", type=int, help="global; by default the recipe's")
+  parser.add_argument("--encoder", help="in place of the recipe's, such as vit_large")
+  parser.add_argument("--shard_state", action="store_true")
+  parser.add_argument("--json", help="a file for the figures")
+  args = parser.parse_args()
+  print(f"jax {jax.__version__}, MiB a device; efficiency without overlap at {UTILISATION:.0%} of the peak")
+  print(f"{'recipe':<22}{'devices':>8}{'batch':>7}{'state':>9}{'temporary':>11}{'sent':>8}{'collectives':>13}", end="")
+  print(f"{'GFLOP':>9}" + "".join(f"{chip:>9}" for chip in CHIPS) + "  kinds")
+  rows = []
+  for name in args.recipes:
+    for devices in args.devices:
+      config = load_recipe(name)
+      config.batch_size = args.batch or config.batch_size
+      config.encoder.name = args.encoder or config.encoder.name
+      config.parallel.shard_state = args.shard_state
+      start = time.perf_counter()
+      program = compile_step(config, devices)
+      found, memory = collectives(program.as_text(), devices), program.memory_analysis()
+      sent, count = sum(b for _, b in found.values()), sum(n for n, _ in found.values())
+      row = dict(
+        recipe=name,
+        encoder=config.encoder.name,
+        devices=devices,
+        batch=config.batch_size,
+        shard_state=args.shard_state,
+        sent=sent,
+      )
+      row |= dict(state=memory.argument_size_in_bytes, temporary=memory.temp_size_in_bytes, collectives=found)
+      row |= dict(flops=program.cost_analysis()["flops"], compile_seconds=time.perf_counter() - start)
+      row |= dict(efficiency={chip: efficiency(row["flops"], sent, count, devices, chip) for chip in CHIPS})
+      rows.append(row)
+      line = (
+        f"{name:<22}{devices:>8}{config.batch_size:>7}{row['state'] / 2**20:>9,.0f}{row['temporary'] / 2**20:>11,.0f}"
+      )
+      line += f"{sent / 2**20:>8,.0f}{count:>13}{row['flops'] / 1e9:>9,.0f}"
+      line += "".join(f"{share:>9.1%}" for share in row["efficiency"].values())
+      print(line + "  " + ", ".join(f"{kind} {n}x {b / 2**20:.1f}" for kind, (n, b) in found.items()), flush=True)
+      if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,195 @@
+"""Several processes as one program: how they find each other, agree, and end together.
+
+Everything here is a no-op, or says what one process says, where there is only one.
+"""
+
+import contextlib
+import os
+import pathlib
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ssl_jax.errors import UserError
+
+HEARTBEAT = 60  # seconds without a sign of life after which JAX ends all the other processes
+_SEEN_WITHIN = 20.0  # seconds that a shared file system may take to show a file
+
+
+def connect(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+  """Joins the other processes of this run; alone where none are named and JAX finds no cluster.
+
+  JAX finds them on Cloud TPU, under SLURM, Open MPI and Kubernetes. Comes before anything else that JAX does.
+
+  Args:
+    coordinator_address: HOST:PORT of process 0.
+    num_processes: how many there are.
+    process_id: which of them this is.
+    timeout: seconds to wait for all of them.
+
+  Raises:
+    UserError: some of the three are missing or out of range, or the processes have unequal numbers of devices. Where
+      the others do not come in time, the process ends.
+  """
+  given: dict[str, Any] = dict(
+    coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
+  )
+  missing = [f"--{name}" for name, value in given.items() if value is None]
+  if 0 < len(missing) < 3:
+    raise UserError(f"{' and '.join(missing)} is missing: give all three, or none where JAX finds the cluster itself.")
+  if not missing and not 0 <= given["process_id"] < given["num_processes"]:
+    raise UserError(f"--process_id must be in [0, {num_processes}), got {process_id}.")
+  where = "" if missing else f"process {process_id} of {num_processes} at {coordinator_address}: "
+
+  def late():  # JAX itself would abort with a stack trace
+    _leave(
+      f"{where}the others did not come within {timeout} s. Is process 0 running, can it be reached, and was each "
+      "process started with the same address and number of processes, and a number of its own?"
+    )
+
+  timer = threading.Timer(timeout, late)
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      **given,
+      initialization_timeout=timeout + 30,
+      heartbeat_timeout_seconds=HEARTBEAT,
+      shutdown_timeout_seconds=HEARTBEAT,
+    )
+  except ValueError as error:
+    if len(missing) < 3 or "coordinator_address should be defined" not in str(error):
+      raise UserError(f"{where}{error}") from error
+  except RuntimeError as error:  # a port in use, two processes of one number
+    raise UserError(f"{where}{str(error).splitlines()[0]}") from error
+  else:  # Each process sees them all; with unequal ones JAX's own exchanges would hang.
+    counts = [sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())]
+    if len(set(counts)) > 1:
+      raise UserError(f"all processes must have equally many devices; they have {', '.join(map(str, counts))}.")
+  finally:
+    timer.cancel()
+
+
+def is_main() -> bool:
+  """Whether this is the process that writes and speaks."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def exchange(text: str) -> list[str]:
+  """Every process's text, in order. All processes come here, and so it is also where they wait for each other."""
+  if jax.process_count() == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.int32(len(content)))
+  padded = np.zeros(max(1, lengths.max()), np.uint8)
+  padded[: len(content)] = content
+  everyone = np.asarray(multihost_utils.process_allgather(padded))
+  return [row[:length].tobytes().decode() for row, length in zip(everyone, lengths, strict=True)]
+
+
+def together(function: Callable[[], Any]) -> Any:
+  """Calls `function` on every process. Where it raises UserError on one of them, all of them raise it."""
+  result, problem = None, ""
+  try:
+    result = function()
+  except UserError as error:
+    problem = str(error)
+  problems = exchange(problem)
+  for i, text in enumerate(problems):
+    if text:
+      raise UserError(text if jax.process_count() == 1 or len(set(problems)) == 1 else f"process {i}: {text}")
+  return result
+
+
+def check_alike(facts: dict[str, str]) -> None:
+  """Raises UserError, on all processes, if they do not have the same facts."""
+  if jax.process_count() == 1:
+    return
+  lines = [text.splitlines() for text in exchange("\n".join(f"{name}={value}" for name, value in facts.items()))]
+  for i, other in enumerate(lines):
+    differ = [f"{a} and {b}" for a, b in zip(lines[0], other, strict=False) if a != b]
+    if differ or len(other) != len(lines[0]):
+      raise UserError(f"process 0 and process {i} were not started alike: {'; '.join(differ) or 'other keys'}.")
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Creates a folder on process 0 and raises UserError, on all processes, if another one does not see it."""
+  if jax.process_count() == 1:
+    return
+  proof = folder / f".shared_{exchange(secrets.token_hex(8))[0]}"
+  if is_main():
+    folder.mkdir(parents=True, exist_ok=True)
+    proof.touch()
+  exchange("written")
+  deadline = time.monotonic() + _SEEN_WITHIN
+  while not proof.exists() and time.monotonic() < deadline:
+    os.scandir(folder.parent if not folder.exists() else folder).close()  # makes NFS look again
+    time.sleep(0.2)
+  seen = exchange("seen" if proof.exists() else "")
+  if is_main():
+    proof.unlink()
+  blind = [str(i) for i, text in enumerate(seen) if not text]
+  if blind:
+    raise UserError(
+      f"process {', '.join(blind)} does not see what process 0 writes to {folder}: all processes need one shared "
+      "--workdir, such as a network file system."
+    )
+
+
+def listen_for_sigterm() -> Callable[[int], bool]:
+  """Returns `stopping(step)`, asked after each step: whether the run is to end there, on all processes alike.
+
+  SIGTERM to any one process is enough. Where there is only one, a second SIGTERM ends it at once.
+  """
+  if jax.distributed.is_initialized():
+    return multihost_utils.reached_preemption_sync_point
+  came = []
+
+  def handler(number, frame):
+    del frame
+    came.append(number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  signal.signal(signal.SIGTERM, handler)
+  return lambda step: bool(came)
+
+
+@contextlib.contextmanager
+def ending_together(orderly: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+  """Ends this process at once where something goes wrong in it, if others wait for it: so they end as well.
+
+  They find its connections closed; to leave in order would be to wait for them. `orderly` is what all of them raise.
+  """
+  try:
+    yield
+  except orderly:
+    raise
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    here = f"process {jax.process_index()}"
+    if isinstance(error, UserError):
+      _leave(f"{here}: {error}")
+    if any(name in str(error) for name in ("Gloo", "NCCL")):  # JaxRuntimeError or ValueError
+      _leave(
+        f"{here} lost another process of this run ({str(error).splitlines()[0]}). The last checkpoint is whole: start "
+        "all of them again with the same command to go on from it."
+      )
+    traceback.print_exc()
+    _leave(f"{here} failed, and so all of them end.")
+
+
+def _leave(text):
+  print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)

@@ -1,0 +1,274 @@
+"""Several real processes with JAX's own runtime and real collectives: one run, whatever happens to one of them."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_all_methods import METHODS
+
+from runs import (
+  ROOT,
+  assert_same_run,
+  command,
+  environment,
+  final_state,
+  finish,
+  rows,
+  start,
+  wait_for_save,
+  wait_for_step,
+)
+from ssl_jax import cluster, metrics
+from ssl_jax.errors import UserError
+
+SLOW = pytest.mark.slow
+
+
+def address():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def launch(cache, workdir, processes=2, devices=1, each=(), **overrides):
+  """Starts train.py in every process; `each` has more arguments for each of them."""
+  at = address()
+  return [
+    subprocess.Popen(
+      command(
+        "train.py",
+        workdir,
+        f"--coordinator_address={at}",
+        f"--num_processes={processes}",
+        f"--process_id={i}",
+        *(each[i] if each else ()),
+        **overrides,
+      ),
+      env=environment(cache, devices if isinstance(devices, int) else devices[i]),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=ROOT,
+    )
+    for i in range(processes)
+  ]
+
+
+def outputs(running, timeout=120):
+  """[(exit status, what it printed)]; none outlives the test."""
+  deadline = time.monotonic() + timeout
+  try:
+    printed = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  return [(process.returncode, text) for process, text in zip(running, printed, strict=True)]
+
+
+def wait(running, workdir, reached, timeout=120):
+  deadline = time.monotonic() + timeout
+  while not reached(workdir):
+    assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+    time.sleep(0.002)
+
+
+def assert_nearly_the_same_rows(got, want):
+  assert [row["step"] for row in got] == [row["step"] for row in want]  # each once
+  for a, b in zip(got, want, strict=True):
+    if "loss" in a:
+      tolerance = 1e-5 if a["step"] <= 8 else 1e-3  # float32 sums in another order, amplified by Adam step for step
+      np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance)
+
+
+def test_sigterm_to_one_process_saves_once_on_all_and_another_topology_goes_on(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  running = launch(cache, workdir)
+  wait(running, workdir, wait_for_step(4))
+  running[1].send_signal(signal.SIGTERM)
+  (status, text), (other, silent) = outputs(running)
+  assert (status, other) == (143, 143), text + silent
+  assert "devices: 2 x cpu, in 2 process(es)" in text and "stopped by SIGTERM" in text
+  assert "step" not in re.sub("sync point, step=", "", silent), silent  # Orbax tells of the signal
+  out = finish(start(cache, "train.py", workdir, devices=4))
+  assert "resuming at step" in out
+  assert_nearly_the_same_rows(rows(workdir), rows(unbroken[0]))
+
+
+def test_where_a_process_is_killed_the_others_end_with_a_word(cache, tmp_path):
+  workdir = tmp_path / "run"
+  running = launch(cache, workdir, steps=20_000)
+  wait(running, workdir, wait_for_save(4))
+  running[1].kill()
+  began = time.monotonic()
+  (status, text), _ = outputs(running)
+  assert time.monotonic() - began < 30
+  assert status == 1 and "process 0 lost another process of this run" in text.splitlines()[-1], text
+
+
+@SLOW
+@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+def test_a_launchers_processes_find_each_other(cache, tmp_path, launcher):
+  def found_by(i):
+    if launcher == "slurm":
+      at = dict(JOB_ID="1", STEP_NODELIST="localhost", NTASKS="2", PROCID=str(i), LOCALID=str(i))
+      return {f"SLURM_{name}": value for name, value in at.items()}
+    at = dict(COMM_WORLD_SIZE="2", COMM_WORLD_RANK=str(i), COMM_WORLD_LOCAL_RANK=str(i))
+    return {f"OMPI_{name}": value for name, value in at.items()} | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"}
+
+  port = {"JAX_COORDINATOR_PORT": address().partition(":")[2]}
+  running = [
+    subprocess.Popen(
+      command("train.py", tmp_path / "run", stop_after_steps=2),
+      env=environment(cache) | port | found_by(i),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=ROOT,
+    )
+    for i in range(2)
+  ]
+  (status, text), (other, _) = outputs(running)
+  assert (status, other) == (0, 0) and "in 2 process(es)" in text, text
+
+
+@SLOW
+def test_a_lost_coordinator_ends_the_others_and_the_run_goes_on_exactly(unbroken, cache, tmp_path):
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  assert [status for status, _ in outputs(launch(cache, whole))] == [0, 0]
+  running = launch(cache, workdir)
+  wait(running, workdir, wait_for_save(12))
+  running[0].kill()
+  began = time.monotonic()
+  _, (status, text) = outputs(running)
+  assert time.monotonic() - began < 30 and status != 0, text
+  assert [status for status, _ in outputs(launch(cache, workdir))] == [0, 0]
+  assert_same_run(workdir, whole)
+
+
+@SLOW
+def test_two_processes_then_one_then_four_devices_then_two_processes_again(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  assert [status for status, _ in outputs(launch(cache, workdir, stop_after_steps=5))] == [0, 0]
+  finish(start(cache, "train.py", workdir, stop_after_steps=9))
+  finish(start(cache, "train.py", workdir, devices=4, stop_after_steps=13))
+  assert [status for status, _ in outputs(launch(cache, workdir, devices=2))] == [0, 0]
+  assert_nearly_the_same_rows([r for r in rows(workdir) if r["step"] % 2 == 0], rows(unbroken[0]))
+  figures = json.loads(finish(start(cache, "eval_knn.py", workdir, "--k=20")).splitlines()[-1])
+  assert figures["k20_top1"] == rows(workdir)[-1]["knn_top1"]
+
+
+def test_processes_that_were_not_started_alike_are_told_so(cache, tmp_path):
+  each = ["--config.seed=1"], ["--config.seed=2"]
+  for status, text in outputs(launch(cache, tmp_path / "run", each=each)):
+    assert status == 1 and "config.seed=1 and config.seed=2" in text and "Traceback" not in text, text
+  assert not (tmp_path / "run").exists()
+
+
+@SLOW
+def test_unequal_devices_are_told(cache, tmp_path):
+  for status, text in outputs(launch(cache, tmp_path / "run", devices=(1, 3))):
+    assert status == 1 and "equally many devices; they have 1, 3" in text and "Traceback" not in text, text
+
+
+def test_a_workdir_that_is_not_shared_is_found_out(cache, tmp_path, monkeypatch):
+  each = [f"--workdir={tmp_path / 'here'}"], [f"--workdir={tmp_path / 'there'}"]
+  for status, text in outputs(launch(cache, tmp_path / "run", each=each)):
+    assert status == 1 and "process 1 does not see what process 0 writes" in text and "Traceback" not in text, text
+
+
+@SLOW
+def test_what_is_wrong_on_one_process_is_told_by_all(cache, tmp_path):
+  each = [], [f"--config.data.data_dir={tmp_path / 'none'}"]
+  for status, text in outputs(launch(cache, tmp_path / "run", each=each)):
+    assert status == 1 and "process 1: " in text and "Traceback" not in text, text
+
+
+def test_a_coordinator_that_never_comes_up_is_told_in_time(cache, tmp_path):
+  arguments = f"--coordinator_address={address()}", "--num_processes=2", "--connect_timeout=3"
+  for process in 0, 1:
+    began = time.monotonic()
+    out = finish(start(cache, "train.py", tmp_path / "run", *arguments, f"--process_id={process}"), status=1)
+    assert "the others did not come within 3 s" in out.splitlines()[-1] and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+  "arguments, text",
+  [
+    (("host:1", None, None), "--num_processes and --process_id is missing"),
+    ((None, 2, 0), "--coordinator_address is missing"),
+    (("127.0.0.1:1", 2, 2), r"process_id must be in \[0, 2\), got 2"),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused(arguments, text):
+  with pytest.raises(UserError, match=text):
+    cluster.connect(*arguments, timeout=1)
+
+
+# Every method on three topologies, and the same numbers.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """`trained(processes, devices)`: the folder that cluster_worker.py wrote."""
+  folders = {}
+
+  def run(processes, devices, names=METHODS):
+    if (processes, devices) in folders:
+      return folders[processes, devices]
+    folder = folders[processes, devices] = tmp_path_factory.mktemp(f"{processes}x{devices}")
+    at = address()
+    running = [
+      subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "cluster_worker.py"), str(folder), at, str(processes), str(i), *names],
+        env={**environment(folder / "xla", devices), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT / "tests",
+      )
+      for i in range(processes)
+    ]
+    for status, text in outputs(running, timeout=600):
+      assert status == 0, text
+    return folder
+
+  return run
+
+
+@SLOW
+@pytest.mark.parametrize("processes, devices", [(2, 2), (4, 1)])
+def test_every_method_has_the_same_numbers_on_every_topology(trained, processes, devices):
+  got, want = trained(processes, devices), trained(1, 4)
+  for name in (name.replace(":", "_") for name in METHODS):
+    a, b = (metrics.read_rows(folder / name / "metrics.jsonl") for folder in (got, want))
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for row, other in zip(a, b, strict=True):
+      for key in ("loss", "grad_norm", "knn_top1"):
+        assert (key in row) == (key in other)
+        if key in row:
+          np.testing.assert_allclose(row[key], other[key], rtol=1e-5, err_msg=f"{name} {key} {row['step']}")
+    states = [final_state(folder / name, 3) for folder in (got, want)]
+    leaves = [dict(flat(state)) for state in states]
+    assert leaves[0].keys() == leaves[1].keys()
+    for path, x in leaves[0].items():
+      y = leaves[1][path]
+      if "fingerprint" not in path:
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 1e-3), err_msg=f"{name} {path}")
+  with np.load(got / "views.npz") as a, np.load(want / "views.npz") as b:
+    assert len(a.files) == 2
+    for key in a.files:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def flat(tree, prefix=""):
+  if isinstance(tree, dict | list | tuple):
+    for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+      yield from flat(child, f"{prefix}/{key}")
+  elif tree is not None:
+    yield prefix, np.asarray(tree)
