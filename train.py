@@ -24,7 +24,7 @@ from absl import flags
 from jax import lax
 from ml_collections import config_flags
 
-from ssl_jax import augment, checkpoint, cluster, data, evaluate, methods, metrics, optim, parallel
+from ssl_jax import augment, checkpoint, cluster, data, evaluate, flops, methods, metrics, optim, parallel
 from ssl_jax import config as configs
 from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
@@ -116,6 +116,8 @@ class Plan(NamedTuple):
   last_step: int  # of this run
   learning_rate: optax.Schedule
   chance: float  # the loss of uninformative outputs
+  flops: int  # of a step, on all devices
+  peak: float | None  # FLOP/s of all devices; None: not known
   method: Method
   init: Callable
   state: TrainState  # shapes, types and shardings
@@ -162,7 +164,13 @@ def make_plan(config) -> Plan:
     if train_set.is_streamed:
       counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
       images = tuple(jax.ShapeDtypeStruct((config.batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
-    train_step.trace(state, parallel.abstract({"image": images}, parallel.split(mesh)))
+    batch = parallel.abstract({"image": images}, parallel.split(mesh))
+    step_flops = flops.count(train_step.trace(state, batch).jaxpr)
+    if config.microbatch and not method.separable:  # Such a method encodes twice, which are no FLOPs of the model.
+      whole = config.copy_and_resolve_references()
+      whole.microbatch = None
+      whole_step = make_step(module.from_config(whole, steps, steps_per_epoch), optimizer, views, config.seed)
+      step_flops = flops.count(parallel.compile_step(whole_step, mesh).trace(state, batch).jaxpr)
     extractor = evaluate.Extractor(encoder, config, mesh, config.batch_size)
     shown = test_set or train_set
     for dataset in (bank or shown, shown):
@@ -174,8 +182,10 @@ def make_plan(config) -> Plan:
     raise UserError(f"this recipe cannot be built: {error}") from error
   last_step = min(steps, config.stop_after_steps or steps)
   chance = method.chance(config.batch_size)
+  device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
+  costs = step_flops, device_peak and device_peak * mesh.size
   built = method, init, state, train_step, extractor, painter
-  return Plan(mesh, train_set, bank, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *built)
+  return Plan(mesh, train_set, bank, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *costs, *built)
 
 
 def main(config, workdir: pathlib.Path) -> int:
@@ -267,6 +277,7 @@ def describe(config, plan: Plan) -> list[str]:
     f"state: {parallel.bytes_a_device(plan.state) / 2**20:,.1f} MiB a device"
     f"{', sharded' if config.parallel.shard_state else ''}",
     f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
+    f"{flops.in_words(plan.flops)} a step" + (f" of the devices' {flops.in_words(plan.peak)}/s" if plan.peak else ""),
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
     f"end {config.lr.end:g}",
     f"loss at chance: {plan.chance:.4f}",
@@ -322,12 +333,15 @@ def report(
     row = {"step": step, "epoch": step / plan.steps_per_epoch, "learning_rate": float(plan.learning_rate(step - 1))}
     row |= {name: float(value) for name, value in values.items()}
     row |= {"images_per_second": rate, "input_share": clock.share}
+    if plan.peak:
+      row["mfu"] = plan.flops * rate / config.batch_size / plan.peak  # model FLOP utilisation
     writer.write(row)
+    used = f", MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
     waits = f", {100 * clock.share:.0f} % of the time for input" if clock.share > 0.05 else ""
     left = metrics.format_duration((plan.last_step - step) * config.batch_size / rate)
     say(
       f"step {step}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {plan.chance:.2f})  "
-      f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{waits}  {left} left"
+      f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{used}{waits}  {left} left"
     )
     if warning := metrics.collapse_warning(row):
       say(f"warning: {warning}")

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from ssl_jax.losses import nt_xent
+from ssl_jax.losses import info_nce, nt_xent
 
 GOLDEN = ("nt_xent_n8_t0.1", "nt_xent_n33_t0.07", "nt_xent_n64_t0.5")
 BLOCKS = (1, 3, 1000)
@@ -392,7 +392,15 @@ def test_wrong_shapes_and_dtypes_are_named(z1, z2, error, shown):
     nt_xent(z1, z2)
 
 
-@pytest.mark.parametrize("block_size", [0, -3])
-def test_a_block_of_no_rows_is_refused(block_size):
-  with pytest.raises(ValueError, match=f"block_size .*{block_size}"):
-    nt_xent(jnp.ones((4, 3)), jnp.ones((4, 3)), block_size=block_size)
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+@pytest.mark.parametrize(
+  ("block_size", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)]
+)
+def test_a_block_is_a_whole_number_of_rows(loss, block_size, error):
+  with pytest.raises(error, match=f"block_size .*{block_size}"):
+    loss(jnp.ones((4, 3)), jnp.ones((4, 3)), block_size=block_size)
+
+
+def test_a_block_may_be_of_numpys_integers():
+  z1, z2 = (jnp.float32(x) for x in draw(4, 3))
+  np.testing.assert_allclose(nt_xent(z1, z2, block_size=np.int32(2)), nt_xent(z1, z2), rtol=1e-6)

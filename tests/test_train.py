@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+import types
 
 import jax
 import ml_collections
@@ -27,6 +28,7 @@ def test_a_run_tells_what_it_does_and_what_it_is_worth(unbroken):
     "parameters in the encoder",
     "batch 64, 8 steps an epoch, 20 steps",
     "peak 0.00",
+    "GFLOP a step",
     f"loss at chance: {np.log(127):.4f}",
     "images/s",
     "left",
@@ -39,6 +41,19 @@ def test_a_run_tells_what_it_does_and_what_it_is_worth(unbroken):
   for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png"):
     assert f"wrote {workdir / name}" in out and (workdir / name).exists()
   assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("peak", [8e10, None])
+def test_the_utilisation_is_told_where_the_peak_is_known(peak, monkeypatch):
+  said, written = [], []
+  monkeypatch.setattr(train, "say", said.append)
+  config = types.SimpleNamespace(log_every_steps=1, batch_size=10)
+  numbers = dict(last_step=9, steps=9, steps_per_epoch=3, learning_rate=lambda step: 0.1, chance=1.0)
+  plan = types.SimpleNamespace(flops=2e9, peak=peak, **numbers)
+  clock = types.SimpleNamespace(images_per_second=lambda step: 164.0, share=0.0)
+  row = {"loss": 1.0, "feature_std": 1.0, "effective_rank": 9.0}
+  train.report(config, plan, types.SimpleNamespace(write=written.append), clock, [(3, row)], None)
+  assert ("MFU 41 %" in said[0], written[0].get("mfu")) == (bool(peak), peak and 0.41)
 
 
 def test_rows_hold_what_they_promise_each_step_once(unbroken):

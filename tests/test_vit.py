@@ -1,5 +1,6 @@
 """The ViT, MAE's decoder and DINO's head against the official models' outputs, by their own weights."""
 
+import functools
 import math
 
 import jax
@@ -121,6 +122,25 @@ def test_dinos_head_is_the_official_one(golden):
   shapes = jax.eval_shape(lambda: head.init(ONE, jnp.zeros((1, 384))))
   variables = named_variables(shapes, "", {}, jnp.float32)
   assert error(head.apply(variables, named_images("dino_head/x", (4, 384))), g["dino_head384_8192/y"]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_tokens_are_of_the_computations_type_whatever_is_dropped(dtype):
+  model = vit.ViT(patch_size=4, dim=12, depth=3, heads=3, image_size=8, drop_path=0.5, dtype=dtype)
+  variables = jax.eval_shape(lambda: model.init(ONE, jnp.zeros((4, 8, 8, 3)), train=True))
+  outputs = functools.partial(model.apply, method="outputs", uniforms=jnp.zeros((3, 2, 4)))
+  assert [x.dtype for x in jax.eval_shape(outputs, variables, jnp.zeros((4, 8, 8, 3)))] == 3 * [dtype]
+
+
+def test_a_block_keeps_what_its_products_take_and_little_else_for_the_gradient():
+  b, n, d, h = 8, 33, 16, 2
+  block = vit.Block(h, 4, vit.normal_02, vit.normal_02, jnp.float32)
+  x = jnp.zeros((b, n, d))
+  params = jax.eval_shape(block.init, ONE, x)
+  kept = jax.eval_shape(lambda params: jax.vjp(lambda x: block.apply(params, x), x)[1], params)
+  floats = sum(x.size for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating) and x.shape[:1] == (b,))
+  # To x alone: the inputs of two norms, queries, keys and values, what GELU takes, the weights of attention.
+  assert floats <= b * n * (2 + 3 + 4) * d + 3 * b * h * n * n
 
 
 def test_dropped_branches_are_a_function_of_the_uniforms():

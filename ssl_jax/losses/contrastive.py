@@ -6,6 +6,7 @@ through the matrix by blocks of rows that are never kept, and their gradient is 
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def nt_xent(
   per-device gradients with `lax.psum`.
 
   Raises:
-    TypeError: an input is not floating point, or the temperature is not a number.
+    TypeError: an input is not floating point, the temperature is not a number, or `block_size` not a whole one.
     ValueError: shapes differ or are not [N, d], the global batch has fewer than two images, the temperature is not
       positive and finite, or `block_size` is below one.
 
@@ -253,7 +254,11 @@ def _similarity_to_other_keys(row, keys):
 
 
 def _check_block_size(block_size):
-  if block_size is not None and block_size < 1:
+  if block_size is None:
+    return
+  if isinstance(block_size, bool) or not isinstance(block_size, numbers.Integral):
+    raise TypeError(f"block_size must be a whole number or None, got {block_size!r}.")
+  if block_size < 1:
     raise ValueError(f"block_size must be at least 1 or None, got {block_size}.")
 
 

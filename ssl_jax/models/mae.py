@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.models.vit import Block, sincos_positions
+from ssl_jax.models.vit import Block, LayerNorm, sincos_positions
 
 
 class MAEDecoder(nn.Module):
@@ -52,5 +52,5 @@ class MAEDecoder(nn.Module):
     for i in range(self.depth):
       args = (self.heads, self.mlp_ratio, self.kernel_init, self.kernel_init, self.dtype)
       x = Block(*args, name=f"decoder_blocks_{i}")(x)
-    x = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False, name="decoder_norm")(x)
+    x = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False, name="decoder_norm")(x)
     return dense(self.patch_values, name="decoder_pred")(x)[:, 1:]

@@ -15,6 +15,11 @@ from ssl_jax.models.heads import torch_bias, torch_uniform
 
 normal_02 = nn.initializers.normal(0.02)
 
+# Computed again in the backward pass, from inputs that are kept anyway: what they would keep besides was a third of a
+# training step's memory, and writing and reading it back took longer than these few operations.
+gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=False))
+LayerNorm = nn.remat(nn.LayerNorm)
+
 
 def patch_xavier(key, shape, dtype=jnp.float32):
   """Xavier-uniform over the patch embedding as a matrix [p p C, dim], as MAE and MoCo v3 do."""
@@ -83,7 +88,7 @@ class ViT(nn.Module):
     inits = self.kernel_init or normal, self.qkv_init or normal
     block = functools.partial(Block, self.heads, self.mlp_ratio, *inits, self.dtype)
     self.blocks = [block() for _ in range(self.depth)]
-    self.norm = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.norm = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
 
   def __call__(self, images: jax.Array, *, train: bool, uniforms: jax.Array | None = None) -> jax.Array:
     """Maps float [b, H, W, C] to float32 [b, features].
@@ -168,14 +173,14 @@ class Block(nn.Module):
   dtype: Any
 
   def setup(self):
-    self.norm1 = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.norm1 = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
     self.attn = Attention(self.heads, self.kernel_init, self.qkv_init, self.dtype)
-    self.norm2 = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.norm2 = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
     self.mlp = MLP(self.mlp_ratio, self.kernel_init, self.dtype)
 
   def __call__(self, x, masks=(1.0, 1.0)):
-    x = x + masks[0] * self.attn(self.norm1(x))
-    return x + masks[1] * self.mlp(self.norm2(x))
+    x = x + (masks[0] * self.attn(self.norm1(x))).astype(x.dtype)  # float32 masks would leave float32 tokens
+    return x + (masks[1] * self.mlp(self.norm2(x))).astype(x.dtype)
 
   def attention(self, x):
     return self.attn.weights(self.norm1(x))
@@ -218,8 +223,7 @@ class MLP(nn.Module):
   def __call__(self, x):
     dim = x.shape[-1]
     dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
-    x = nn.gelu(dense(int(dim * self.ratio), name="fc1")(x), approximate=False)
-    return dense(dim, name="fc2")(x)
+    return dense(dim, name="fc2")(gelu(dense(int(dim * self.ratio), name="fc1")(x)))
 
 
 def drop_mask(uniforms: jax.Array, rate: float) -> jax.Array:

@@ -1,0 +1,66 @@
+"""What is in the program of every method's step: no way back to the host, no gradient of a slow copy, wide state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+from test_all_methods import SLOW, few_images, slow, small  # noqa: F401
+
+import train
+from ssl_jax import flops
+from ssl_jax.methods.base import AXIS
+
+# How many images of each example the slow copy encodes.
+SLOW_COPIES = {"moco_quickstart": 1, "byol_quickstart": 2, "moco_imagenet:v3": 2, "dino_quickstart": 2}
+
+
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", ["dino_quickstart", "moco_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
+def test_a_narrow_step_keeps_its_state_wide_and_never_asks_the_host(name, mesh, monkeypatch):
+  config = small(name)
+  config.dtype = "bfloat16"
+  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(2))
+  monkeypatch.setattr(train.evaluate.Extractor, "trace", lambda *_: None)
+  programs = []
+  monkeypatch.setattr(train.flops, "count", lambda program: programs.append(program) or 1)
+  plan = train.make_plan(config)
+  (program,) = programs
+  assert not [e for e in equations(program.jaxpr) if "callback" in e.primitive.name or "feed" in e.primitive.name]
+  products = [e for e in equations(program.jaxpr) if e.primitive.name in ("dot_general", "conv_general_dilated")]
+  assert any(e.outvars[0].aval.dtype == jnp.bfloat16 for e in products)
+  # What comes out is the state as it came in, then the metrics.
+  types = [x.dtype for x in program.out_avals]
+  state = [x.dtype for x in jax.tree.leaves(plan.state)]
+  assert types[: len(state)] == state and set(state) <= {jnp.dtype("float32"), jnp.dtype("int32")}
+  assert set(types[len(state) :]) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["dino_quickstart", "moco_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
+def test_a_step_costs_three_passes_of_what_is_trained_and_one_of_the_slow_copy(name):
+  config = small(name)
+  module = train.methods.find(config.method.name)
+  method = module.from_config(config, 8, 4)
+  sizes = [view["size"] for view in config.views]
+  views = tuple(jnp.zeros((sizes.count(size), 8, size, size, 1)) for size in dict.fromkeys(sizes))
+  keys = jax.random.split(jax.random.key(0), 8)
+  params, state = jax.eval_shape(method.init, jax.random.key(0), views)
+
+  def count(function, *args):
+    return flops.count(jax.make_jaxpr(function, axis_env=[(AXIS, 1)])(*args))
+
+  forward = count(method.loss, params, state, views, keys, 0)
+  step = count(jax.value_and_grad(method.loss, has_aux=True), params, state, views, keys, 0)
+  encode = functools.partial(module.make_encoder(config).apply, train=True, mutable=["batch_stats"])
+  variables = {"params": params["encoder"], "batch_stats": getattr(state, "batch_stats", {})}
+  if "encoder" in variables["batch_stats"]:
+    variables["batch_stats"] = variables["batch_stats"]["encoder"]
+  copies = SLOW_COPIES.get(name, 0) * count(encode, variables, views[0][0])
+  assert 0 < step <= 3 * forward - 2 * copies
