@@ -22,7 +22,7 @@ def say(line: str) -> None:
 
 
 def run(main: Callable[[], int], recipe: str | None = None) -> None:
-  """Parses the flags and runs `main() -> exit status`; a user's mistake ends in one line and status 1.
+  """Parses the flags and runs `main() -> exit status`; a user's mistake ends in one line and status 1, Ctrl-C in 130.
 
   `recipe` is the file that --config means where it is not given.
   """
@@ -36,6 +36,9 @@ def run(main: Callable[[], int], recipe: str | None = None) -> None:
       return main()
     except UserError as error:
       _fail(str(error))
+    except KeyboardInterrupt:
+      say("interrupted")
+      return 128 + signal.SIGINT
 
   app.run(wrapped, flags_parser=lambda argv: _parse(argv, recipe))
 
