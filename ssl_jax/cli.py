@@ -25,7 +25,7 @@ def say(line: str) -> None:
 def run(main: Callable[[], int], recipe: str | None = None) -> None:
   """Joins the other processes, if there are any, and runs `main() -> exit status` with its flags parsed.
 
-  A user's mistake ends in one line and status 1. `recipe` is the file that --config means where it is not given.
+  A user's mistake ends in one line and status 1, Ctrl-C in status 130. `recipe` is the file that --config means where it is not given.
   """
   address = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it itself"
@@ -45,6 +45,9 @@ def run(main: Callable[[], int], recipe: str | None = None) -> None:
         return main()
     except UserError as error:
       _fail(str(error))
+    except KeyboardInterrupt:
+      say("interrupted")
+      return 128 + signal.SIGINT
 
   app.run(wrapped, flags_parser=lambda argv: _parse(argv, recipe))
 

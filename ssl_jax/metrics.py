@@ -180,30 +180,48 @@ def draw_pictures(path: pathlib.Path, pictures: Any, title: str) -> np.ndarray:
   Returns:
     What was drawn, uint8 [H, W, 3].
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  columns = []  # (title, [n, h, w, c] or [n, h, w])
+  columns = []
   for name, value in pictures._asdict().items():
     parts = value if isinstance(value, tuple) else (value,)
     columns += [(name if len(parts) == 1 else f"{name} {i + 1}", np.asarray(x)) for i, x in enumerate(parts)]
+  return draw_grid(path, columns, title)
+
+
+def draw_grid(path: pathlib.Path, columns: list[tuple[str, Any]], title: str, side: float = 1.5) -> np.ndarray:
+  """Draws columns of pictures into a PNG file.
+
+  Args:
+    path: the file.
+    columns: (heading, pictures): float [h, w, c] in [0, 1], of any size; or maps [h, w], which are laid over the first
+      column's pictures. Of channels other than 3 the first is drawn.
+    title: above all.
+    side: of a picture, inches.
+
+  Returns:
+    What was drawn, uint8 [H, W, 3].
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   originals = columns[0][1]
   rows = len(originals)
-  figure = Figure(figsize=(1.5 * len(columns), 1.5 * rows + 0.6), layout="constrained")
+  lines = 1 + max(name.count("\n") for name, _ in columns)
+  figure = Figure(
+    figsize=(side * len(columns), side * rows + 0.4 + 0.2 * (lines + title.count("\n"))), layout="constrained"
+  )
   canvas = FigureCanvasAgg(figure)
   figure.suptitle(title)
-  for j, (name, values) in enumerate(columns):
-    for i in range(rows):
+  for j, (name, pictures) in enumerate(columns):
+    for i, picture in enumerate(pictures):
       axes = figure.add_subplot(rows, len(columns), i * len(columns) + j + 1)
       axes.axis("off")
       if i == 0:
-        axes.set_title(name)
-      shown = values[i] if values.ndim == 4 else originals[i]
-      shown = shown if shown.shape[-1] == 3 else shown[..., 0]
-      axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
-      if values.ndim == 3:
-        axes.imshow(values[i], cmap="inferno", alpha=0.7)
-  path.parent.mkdir(exist_ok=True)
+        axes.set_title(name, fontsize=None if lines == 1 else 8)
+      shown = picture if picture.ndim == 3 else originals[i]
+      axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1)
+      if picture.ndim == 2:
+        axes.imshow(picture, cmap="inferno", alpha=0.7)
+  path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=100)
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -6,6 +6,10 @@ takes it. So nothing of the input is in a checkpoint, and a run resumes at its n
 
 import dataclasses
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -151,11 +155,29 @@ def _run(start, stop, example, batch_size, threads, workers):
   if workers:  # They take turns at whole batches: one message each.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=min(threads, 2))
     iterated = dataset.batch(batch_size).to_iter_dataset(options)
-    return iter(iterated.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+    batches = iter(iterated.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker))
+    try:
+      yield from batches
+    finally:
+      batches.close()  # Ends the workers.
+    return
   ahead = max(2 * threads, batch_size) if threads else 0
-  return iter(
-    dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)).batch(batch_size)
-  )
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+  yield from dataset.to_iter_dataset(options).batch(batch_size)
+
+
+def _begin_worker(index, count):
+  """Leaves signals to the run, and ends when the run is killed."""
+  del index, count
+  for number in (signal.SIGTERM, signal.SIGINT):  # A terminal and SLURM signal the whole group; the run has to save.
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def watch():  # Else it would wait for ever to hand over its next batch.
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def read_or_next(images: Images, index: int) -> tuple[np.ndarray, int]:
