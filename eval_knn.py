@@ -83,4 +83,4 @@ def load(config, split: str) -> data.Dataset:
 
 
 if __name__ == "__main__":
-  run(main)
+  run(main, joins=True)

@@ -449,4 +449,4 @@ if __name__ == "__main__":
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     return main(CONFIG.value, pathlib.Path(WORKDIR.value or f"runs/{name}"))
 
-  run(start, recipe=str(pathlib.Path(__file__).parent / "configs" / "quickstart.py"))
+  run(start, recipe=str(pathlib.Path(__file__).parent / "configs" / "quickstart.py"), joins=True)

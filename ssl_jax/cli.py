@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 
@@ -22,23 +23,30 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def run(main: Callable[[], int], recipe: str | None = None) -> None:
-  """Joins the other processes, if there are any, and runs `main() -> exit status` with its flags parsed.
+def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False) -> None:
+  """Runs `main() -> exit status` with its flags parsed.
 
-  A user's mistake ends in one line and status 1, Ctrl-C in status 130. `recipe` is the file that --config means where it is not given.
+  A user's mistake ends in one line and status 1, Ctrl-C in status 130.
+
+  Args:
+    main: what the command does.
+    recipe: the file that --config means where it is not given.
+    joins: whether the command is started on all hosts of a cluster and works on the devices of all of them.
   """
-  address = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it itself"
-  )
-  count = flags.DEFINE_integer("num_processes", None, "how many processes train together")
-  number = flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on")
-  timeout = flags.DEFINE_integer("connect_timeout", 300, "seconds to wait for all of them", lower_bound=1)
+  if joins:
+    address = flags.DEFINE_string(
+      "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it itself"
+    )
+    count = flags.DEFINE_integer("num_processes", None, "how many processes train together")
+    number = flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on")
+    timeout = flags.DEFINE_integer("connect_timeout", 300, "seconds to wait for all of them", lower_bound=1)
 
   def wrapped(_):
     logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax tell a lot at INFO.
     _use_compilation_cache()
     try:
-      cluster.connect(address.value, count.value, number.value, timeout.value)
+      if joins:
+        cluster.connect(address.value, count.value, number.value, timeout.value)
       if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
         say('an NVIDIA GPU is here, but JAX sees only the CPU; to use it: pip install -U "jax[cuda13]"')
       with cluster.ending_together(orderly=UserError):
