@@ -176,7 +176,8 @@ def test_unequal_devices_are_told(cache, tmp_path):
     assert status == 1 and "equally many devices; they have 1, 3" in text and "Traceback" not in text, text
 
 
-def test_a_workdir_that_is_not_shared_is_found_out(cache, tmp_path, monkeypatch):
+@SLOW
+def test_a_workdir_that_is_not_shared_is_found_out(cache, tmp_path):
   each = [f"--workdir={tmp_path / 'here'}"], [f"--workdir={tmp_path / 'there'}"]
   for status, text in outputs(launch(cache, tmp_path / "run", each=each)):
     assert status == 1 and "process 1 does not see what process 0 writes" in text and "Traceback" not in text, text
