@@ -1,4 +1,4 @@
-"""What the benchmarks share: who is measured on what, sides that take turns, memory in a process of its own."""
+"""What the benchmarks share: who is measured on what, sides that take turns, memory in a process of their own."""
 
 import argparse
 import concurrent.futures
@@ -72,18 +72,18 @@ def take_turns(sides: dict, repeats: int) -> dict[str, float]:
   return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def peak_memory(make, warm: tuple, real: tuple) -> float:
-  """MiB by which the memory of a fresh process grows at most while it runs `make(*real)()`.
+def alone(make, warm: tuple, real: tuple) -> tuple[float, float]:
+  """(CPU seconds, MiB by which memory grows at most) of `make(*real)()` in a fresh process.
 
-  `make` builds inputs and compiles, which does not count; `make(*warm)()` runs first, a small problem that loads
+  `make` builds inputs and may compile, which does not count; `make(*warm)()` runs first, a small problem that loads
   libraries.
   """
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-    return pool.submit(_peak_here, make, warm, real).result()
+    return pool.submit(_alone_here, make, warm, real).result()
 
 
-def _peak_here(make, warm, real):
+def _alone_here(make, warm, real):
   if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(cores())
   make(*warm)()
@@ -91,11 +91,11 @@ def _peak_here(make, warm, real):
   gc.collect()
   ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory of the compiler would be used again, unseen
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-  before = _status("VmRSS")
+  before, start = _status("VmRSS"), time.process_time()
   result = call()
-  peak = _status("VmHWM")
+  seconds, peak = time.process_time() - start, _status("VmHWM")
   del result
-  return (peak - before) / 1024
+  return seconds, (peak - before) / 1024
 
 
 def _status(name):

@@ -1,4 +1,4 @@
-"""DINO's loss with its centre, value and gradient to the student: time and memory against the official form and lightly.
+"""DINO's loss and centre, value and gradient to the student: time and memory against the official form and lightly.
 
   pip install -r requirements.txt -r requirements-bench.txt
   PYTHONPATH=. taskset -c 0 python benchmarks/distillation.py --json=distillation.json
@@ -7,12 +7,12 @@
 of views. CPU seconds, medians, the sides taking turns; peak memory is the growth of a fresh process, gradient included.
 """
 
+import common
 import jax
 import numpy as np
 import torch
 from lightly.loss import DINOLoss
 
-import common
 from ssl_jax import dino_center, dino_loss
 
 STUDENT, TEACHER, MOMENTUM = 0.1, 0.04, 0.9  # temperatures, and the centre's momentum
@@ -89,7 +89,7 @@ def main():
   values = {side: float(call()[0][0]) for side, call in calls.items()}
   assert max(values.values()) < 1.0001 * min(values.values()), values
   seconds = common.take_turns(calls, args.repeats)
-  memory = {side: common.peak_memory(make, (side, 3, 2, 64), (side, *shape)) for side in SIDES}
+  memory = {side: common.alone(make, (side, 3, 2, 64), (side, *shape))[1] for side in SIDES}
   print(f"{args.views} crops x batch {args.batch} x {args.prototypes:,} prototypes, float32")
   print(f"{'':>9} {'CPU s':>7} {'ours/it':>8} {'peak MiB':>9} {'ours/it':>8}")
   for side in SIDES:
