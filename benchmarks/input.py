@@ -49,14 +49,19 @@ RECIPES = dict(simclr=simclr_imagenet, mae=mae_imagenet, dino=dino_imagenet)
 PACKAGES = ("pillow", "numpy", "grain", "torch", "torchvision")
 
 
-def write_photographs(folder, count, size=(500, 375), quality=90):
-  """Writes `count` JPEGs and returns their names. Each photograph is cut to the shape first, at its centre."""
+def photographs(size):
+  """Pillow images of (width, height): each is cut to the shape first, at its centre."""
   kinds = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.rocket)
   arrays = [*(kind() for kind in kinds), *sklearn.datasets.load_sample_images().images]
-  photographs = [PIL.ImageOps.fit(PIL.Image.fromarray(a), size, PIL.Image.Resampling.LANCZOS) for a in arrays]
+  return [PIL.ImageOps.fit(PIL.Image.fromarray(a), size, PIL.Image.Resampling.LANCZOS) for a in arrays]
+
+
+def write_photographs(folder, count, size=(500, 375), quality=90):
+  """Writes `count` JPEGs and returns their names."""
+  images = photographs(size)
   names = [f"{i}.jpg" for i in range(count)]
   for i, name in enumerate(names):
-    photographs[i % len(photographs)].save(os.path.join(folder, name), quality=quality)
+    images[i % len(images)].save(os.path.join(folder, name), quality=quality)
   return names
 
 
