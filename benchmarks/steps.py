@@ -270,6 +270,7 @@ def main():
   parser = common.arguments(__doc__)
   parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
   parser.add_argument("--augment", action="store_true", help="ours once more, with the augmentation")
+  parser.add_argument("--batch", type=int, help="in place of the cases' own")
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   common.introduce()
@@ -279,13 +280,15 @@ def main():
   )
   rows = []
   for case in args.cases:
-    *_, patch, batch = CASES[case]
-    ours, count = our_step(*CASES[case], False)
+    name, size, patch, batch = CASES[case]
+    batch = args.batch or batch
+    shape = name, size, patch, batch
+    ours, count = our_step(*shape, False)
     calls = dict(ours=ours)
     if args.augment:
-      calls["augmented"] = our_step(*CASES[case], True)[0]
+      calls["augmented"] = our_step(*shape, True)[0]
     for layout in ("contiguous",) if patch else ("contiguous", "channels_last"):
-      calls[layout], peer_count = torch_step(*CASES[case], layout == "channels_last")
+      calls[layout], peer_count = torch_step(*shape, layout == "channels_last")
       if peer_count != count:
         print(f"{case}: ours has {count:,} parameters, the peer {peer_count:,}")
     rate = {side: batch / seconds for side, seconds in common.take_turns(calls, args.repeats).items()}
