@@ -15,18 +15,14 @@ all that this process may use; against our threads stand the peer's workers. Num
 all sides take turns; a loader is started anew for each, and its first batches are not counted.
 """
 
-import argparse
 import functools
-import importlib.metadata
-import json
 import os
-import pathlib
-import platform
 import random
 import statistics
 import tempfile
 import time
 
+import common
 import numpy as np
 import PIL.features
 import PIL.Image
@@ -46,17 +42,21 @@ from ssl_jax.data.folder import Files
 from ssl_jax.data.image import read_image
 
 RECIPES = dict(simclr=simclr_imagenet, mae=mae_imagenet, dino=dino_imagenet)
-PACKAGES = ("pillow", "numpy", "grain", "torch", "torchvision")
+
+
+def photographs(size):
+  """Pillow images of (width, height): each is cut to the shape first, at its centre."""
+  kinds = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.rocket)
+  arrays = [*(kind() for kind in kinds), *sklearn.datasets.load_sample_images().images]
+  return [PIL.ImageOps.fit(PIL.Image.fromarray(a), size, PIL.Image.Resampling.LANCZOS) for a in arrays]
 
 
 def write_photographs(folder, count, size=(500, 375), quality=90):
-  """Writes `count` JPEGs and returns their names. Each photograph is cut to the shape first, at its centre."""
-  kinds = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.rocket)
-  arrays = [*(kind() for kind in kinds), *sklearn.datasets.load_sample_images().images]
-  photographs = [PIL.ImageOps.fit(PIL.Image.fromarray(a), size, PIL.Image.Resampling.LANCZOS) for a in arrays]
+  """Writes `count` JPEGs and returns their names."""
+  images = photographs(size)
   names = [f"{i}.jpg" for i in range(count)]
   for i, name in enumerate(names):
-    photographs[i % len(photographs)].save(os.path.join(folder, name), quality=quality)
+    images[i % len(images)].save(os.path.join(folder, name), quality=quality)
   return names
 
 
@@ -189,37 +189,24 @@ def measure(files, views, args, cores):
     yield where, dict(ours=rates[where], crops=rates["crops"], complete=rates["complete"])
 
 
-def describe_machine(cores):
-  cpu = platform.processor() or platform.machine()
-  cpuinfo = pathlib.Path("/proc/cpuinfo")
-  if cpuinfo.exists():
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else cpu
-  return f"{cpu}, {len(cores)} of {os.cpu_count()} cores"
-
-
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = common.arguments(__doc__)
   parser.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES))
   parser.add_argument("--seconds", type=float, default=6.0, help="timed, for each number")
   parser.add_argument("--rounds", type=int, default=3, help="in which the sides take turns")
   parser.add_argument("--images", type=int, default=96, help="files that are written")
   parser.add_argument("--batch-size", type=int, default=32)
-  parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # for Grain's workers
-  torch.set_num_threads(1)
   cores = sorted(os.sched_getaffinity(0))
-  versions = {"python": platform.python_version()}
-  versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-  versions["libjpeg-turbo"] = PIL.features.version("libjpeg_turbo")
-  machine = describe_machine(cores)
-  print(", ".join(f"{name} {version}" for name, version in versions.items()))
+  common.introduce()
+  torch.set_num_threads(1)
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     names = write_photographs(folder, args.images)
     size = statistics.mean(os.path.getsize(os.path.join(folder, name)) for name in names)
-    print(f"{machine}; JPEGs of {size / 1000:.0f} kB on average, batches of {args.batch_size}")
+    print(f"libjpeg-turbo {PIL.features.version('libjpeg_turbo')}; ", end="")
+    print(f"JPEGs of {size / 1000:.0f} kB on average, batches of {args.batch_size}")
     print("images a second; ours and crops: crop and resize alone, ours leaves the rest to the device")
     print(f"{'':>7} {'':>8} {'ours':>7} {'crops':>7} {'ratio':>6} {'complete':>9} {'ratio':>6}")
     files = Files(folder, names, np.full(len(names), -1, np.int32), 3)
@@ -231,9 +218,7 @@ def main():
         )
         line = f"{recipe:>7} {where:>8} {rate['ours']:>7.1f} {rate['crops']:>7.1f} {rate['ours'] / rate['crops']:>6.2f}"
         print(f"{line} {rate['complete']:>9.1f} {rate['ours'] / rate['complete']:>6.2f}", flush=True)
-  if args.json:
-    report = dict(machine=machine, versions=versions, arguments=vars(args), unit="images a second", rows=rows)
-    pathlib.Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+  common.write_json(args, rows)
 
 
 if __name__ == "__main__":

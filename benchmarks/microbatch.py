@@ -1,15 +1,12 @@
 """SimCLR's training step by microbatches: the memory of a large batch on a small device, and what it costs in time.
 
-  PYTHONPATH=. python benchmarks/microbatch.py
+  PYTHONPATH=. taskset -c 0 python benchmarks/microbatch.py --json=microbatch.json
 
 ResNet-18 on 32x32 images. Memory is XLA's own count of temporaries for the compiled step, which is not run; the time
 ratio is that of a smaller step, the two forms taking turns. In theory encoding twice costs 4/3 of the operations.
 """
 
-import argparse
-import statistics
-import time
-
+import common
 import jax
 import numpy as np
 import optax
@@ -39,36 +36,40 @@ def compile_step(batch, microbatch):
 
 
 def seconds_a_step(programs, batch, repeats):
+  """Median CPU seconds of each program, the programs taking turns."""
   images = np.random.default_rng(0).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
-  running = [(step, init(), parallel.put_batch(mesh, {"image": images}), []) for step, init, mesh in programs]
-  for i in range(repeats + 1):
-    for j, (step, state, placed, times) in enumerate(running):
-      start = time.perf_counter()
+
+  def runner(step, init, mesh):
+    state, placed = init(), parallel.put_batch(mesh, {"image": images})
+
+    def call():
+      nonlocal state
       state, _ = jax.block_until_ready(step(state, placed))
-      if i:  # the first call warms up
-        times.append(time.perf_counter() - start)
-      running[j] = step, state, placed, times
-  return [statistics.median(times) for *_, times in running]
+
+    return call
+
+  return common.take_turns({name: runner(*program) for name, program in programs.items()}, repeats)
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = common.arguments(__doc__)
   parser.add_argument("--large", type=int, nargs=2, default=[4096, 256], help="batch and microbatch to compile")
   parser.add_argument("--timed", type=int, nargs=2, default=[256, 32], help="batch and microbatch to run")
   parser.add_argument("--repeats", type=int, default=1)
   args = parser.parse_args()
-  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
+  common.introduce()
   batch, microbatch = args.large
   memory = []
   for m in (None, microbatch):
     memory.append(compile_step(batch, m)[0].memory_analysis().temp_size_in_bytes / 2**30)
     print(f"batch {batch}, microbatch {m}: {memory[-1]:.2f} GiB of temporaries", flush=True)
   print(f"memory ratio {memory[1] / memory[0]:.3f}")
+  rows = [dict(batch=batch, microbatch=m, temporaries_gib=x) for m, x in zip((None, microbatch), memory, strict=True)]
   batch, microbatch = args.timed
-  times = seconds_a_step([compile_step(batch, m) for m in (None, microbatch)], batch, args.repeats)
-  print(
-    f"batch {batch}: {times[0]:.2f} s a step; microbatch {microbatch}: {times[1]:.2f} s, {times[1] / times[0]:.2f}x"
-  )
+  times = seconds_a_step({m: compile_step(batch, m) for m in (None, microbatch)}, batch, args.repeats)
+  ratio = times[microbatch] / times[None]
+  print(f"batch {batch}: {times[None]:.2f} s a step; microbatch {microbatch}: {times[microbatch]:.2f} s, {ratio:.2f}x")
+  common.write_json(args, rows + [dict(batch=batch, microbatch=m, seconds=x) for m, x in times.items()])
 
 
 if __name__ == "__main__":
