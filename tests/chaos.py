@@ -168,7 +168,7 @@ def strike(rng, kind, running, victim, run) -> tuple[str, list[int], float]:
   if kind == "kill":
     process.kill()
     statuses = ended(running)
-    assert statuses[1 - victim] > 0 or before < 0, running.describe()  # with a word, where it is past the start
+    assert statuses[1 - victim] != 0, running.describe()
     what = f"SIGKILL to process {victim}"
   elif kind == "term":
     process.terminate()
