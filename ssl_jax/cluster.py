@@ -194,12 +194,15 @@ def ending_together(orderly: type[Exception] | tuple[()] = ()) -> Iterator[None]
         f"{here} lost another process of this run ({str(error).splitlines()[0]}). The last checkpoint is whole: start "
         "all of them again with the same command to go on from it."
       )
-    traceback.print_exc()
+    with contextlib.suppress(OSError):
+      traceback.print_exc()
     _leave(f"{here} failed, and so all of them end.")
 
 
 def _leave(text):
-  print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(1)
+  try:
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:  # The log may be on the disk that is full.
+    os._exit(1)
