@@ -251,6 +251,7 @@ def main(config, workdir: pathlib.Path) -> int:
         clock.restart(step)
       if ends:
         break
+    saver.wait_until_finished()  # here, where a failure ends all processes
   if step < plan.last_step:
     say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
     return 143

@@ -37,8 +37,19 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
   """A manager that keeps the last `keep` checkpoints and the one with the best k-NN in `folder/../metrics.jsonl`."""
   best = _Best(folder.parent / "metrics.jsonl")
   policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best])
-  options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policy,
+    cleanup_tmp_directories=True,
+    async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier),
+  )
   return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def _barrier(*, key, timeout_ms):
+  """Orbax's, but no waiting in the `finally` of a save that failed here: the others wait elsewhere, for this one."""
+  if error := sys.exc_info()[1]:
+    raise error
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any]) -> None:
