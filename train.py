@@ -242,15 +242,16 @@ def main(config, workdir: pathlib.Path) -> int:
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.
-        top1 = evaluation(config, plan, writer, train, step) if evaluates else None
         if evaluates:
+          evaluation(config, plan, writer, train, step)
           draw_pictures(config, plan, writer, train, step, workdir)
         if step == plan.last_step and cluster.is_main():
           metrics.draw_curves(workdir, plan.chance, f"{config.method.name}, {plan.train_set.name}")
-        checkpoint.save(saver, step, train._asdict(), top1)
+        checkpoint.save(saver, step, train._asdict())
         clock.restart(step)
       if ends:
         break
+    saver.wait_until_finished()  # here, where a failure ends all processes
   if step < plan.last_step:
     say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
     return 143
@@ -287,12 +288,10 @@ def describe(config, plan: Plan) -> list[str]:
   return lines if plan.test_set else [*lines, "no labels or no test split: the online k-NN is off"]
 
 
-def evaluation(
-  config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, train: TrainState, step: int
-) -> float | None:
-  """Writes an evaluation row. Returns the k-NN top-1 in percent, None where there are no labels."""
+def evaluation(config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, train: TrainState, step: int) -> None:
+  """Writes an evaluation row, where there are labels."""
   if plan.bank is None or plan.test_set is None:
-    return None
+    return
   bank, queries = plan.bank, plan.test_set
   variables = plan.method.encoder(train.params, train.state)
   settings = dict(k=config.knn.k, temperature=config.knn.temperature)
@@ -303,7 +302,6 @@ def evaluation(
     row |= evaluate.pixel_baselines(bank, queries, **settings)
   writer.write(row)
   say(f"step {step}/{plan.steps}  k-NN top-1 {scores['top1']:.2f} %")
-  return scores["top1"]
 
 
 def draw_pictures(

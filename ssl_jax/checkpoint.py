@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +17,46 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
-from ssl_jax import cluster
+from ssl_jax import cluster, metrics
 from ssl_jax.errors import UserError
 
 
+class _Best(NamedTuple):
+  """Keeps the checkpoint with the best k-NN, by the run's own rows: Orbax forgets its metrics where a run goes on."""
+
+  rows: pathlib.Path
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    scores = {row["step"]: row["knn_top1"] for row in metrics.read_rows(self.rows) if "knn_top1" in row}
+    best = max((c.step for c in checkpoints if c.step in scores), key=lambda s: (scores[s], s), default=None)
+    return [c.step == best for c in checkpoints]
+
+
 def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-  """A manager that keeps the last `keep` checkpoints and the one with the best k-NN."""
-  policy = checkpoint_managers.AnyPreservationPolicy(
-    [
-      checkpoint_managers.LatestN(keep),
-      checkpoint_managers.BestN(
-        n=1, get_metric_fn=lambda metrics: metrics["knn_top1"], keep_checkpoints_without_metrics=False
-      ),
-    ]
+  """A manager that keeps the last `keep` checkpoints and the one with the best k-NN in `folder/../metrics.jsonl`."""
+  best = _Best(folder.parent / "metrics.jsonl")
+  policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best])
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policy,
+    cleanup_tmp_directories=True,
+    async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier),
   )
-  options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
   return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any], knn_top1: float | None) -> None:
+def _barrier(*, key, timeout_ms):
+  """Orbax's, but no waiting in the `finally` of a save that failed here: the others wait elsewhere, for this one."""
+  if error := sys.exc_info()[1]:
+    raise error
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any]) -> None:
   """Starts saving; the arrays are copied before this returns, so that the next step may overwrite them."""
   parts = _with_arrays(state)
   marked = {**parts, "fingerprint": {name: fingerprint(part) for name, part in parts.items()}}
-  items = ocp.args.Composite(state=ocp.args.StandardSave(marked))
-  saver.save(step, args=items, metrics=None if knn_top1 is None else {"knn_top1": knn_top1}, force=True)
+  saver.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(marked)), force=True)
 
 
 def steps(folder: pathlib.Path) -> list[int]:

@@ -4,6 +4,7 @@ Everything here is a no-op, or says what one process says, where there is only o
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from ssl_jax.errors import UserError
 
 HEARTBEAT = 60  # seconds without a sign of life after which JAX ends all the other processes
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _SEEN_WITHIN = 20.0  # seconds that a shared file system may take to show a file
 
 
@@ -128,6 +130,8 @@ def check_shared(folder: pathlib.Path) -> None:
   proof = folder / f".shared_{exchange(secrets.token_hex(8))[0]}"
   if is_main():
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(".shared_*"):  # of a start that was killed here
+      old.unlink()
     proof.touch()
   exchange("written")
   deadline = time.monotonic() + _SEEN_WITHIN
@@ -174,22 +178,31 @@ def ending_together(orderly: type[Exception] | tuple[()] = ()) -> Iterator[None]
   except orderly:
     raise
   except Exception as error:
+    # As OSError, or as one of TensorStore's.
+    full = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
+    if full:
+      full = f"cannot write: {full}. The last checkpoint is whole: make room, and go on from it by the same command."
     if jax.process_count() == 1:
+      if full:
+        raise UserError(full) from error
       raise
     here = f"process {jax.process_index()}"
-    if isinstance(error, UserError):
-      _leave(f"{here}: {error}")
+    if full or isinstance(error, UserError):
+      _leave(f"{here}: {full or error}")
     if any(name in str(error) for name in ("Gloo", "NCCL")):  # JaxRuntimeError or ValueError
       _leave(
         f"{here} lost another process of this run ({str(error).splitlines()[0]}). The last checkpoint is whole: start "
         "all of them again with the same command to go on from it."
       )
-    traceback.print_exc()
+    with contextlib.suppress(OSError):
+      traceback.print_exc()
     _leave(f"{here} failed, and so all of them end.")
 
 
 def _leave(text):
-  print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(1)
+  try:
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:  # The log may be on the disk that is full.
+    os._exit(1)

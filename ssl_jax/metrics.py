@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 _ROWS = 256  # of the Gram matrix: enough to see a collapse, too few to cost anything
 # Below these a batch of embeddings is collapsed: random ones have about 1, and about min(rows, d). A healthy ViT may
@@ -104,7 +105,10 @@ class Writer:
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(scratch, self.path)
     self.file = self.path.open("a")
-    self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+    # Not tensorboardX.SummaryWriter: on a full disk its thread dies, and the next rows would wait for it for ever.
+    (workdir / "tensorboard").mkdir(exist_ok=True)
+    self.board = event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
+    self._log(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))  # hides later steps
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row; floats are written so that they read back exactly."""
@@ -112,11 +116,15 @@ class Writer:
     self.file.flush()
     for name, value in row.items():
       if name != "step":
-        self.board.add_scalar(name, value, row["step"])
+        self._log(row["step"], summary=summary.scalar(name, value))
+    self.board.flush()
 
   def show(self, name: str, image: np.ndarray, step: int) -> None:
     """Logs an image, uint8 [H, W, 3], to TensorBoard."""
-    self.board.add_image(name, image, step, dataformats="HWC")
+    self._log(step, summary=summary.image(name, image, dataformats="HWC"))
+
+  def _log(self, step: int, **content: Any) -> None:
+    self.board.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
 
   def close(self) -> None:
     self.file.close()

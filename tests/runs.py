@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import zlib
@@ -38,6 +39,13 @@ def environment(cache, devices=1):
   return {**os.environ, "XLA_FLAGS": flags, "NPROC": "8", "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
+def address():
+  """HOST:PORT with a port that is free."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def start(cache, *args, devices=1, **overrides):
   return subprocess.Popen(
     command(*args, **overrides),
@@ -71,9 +79,9 @@ def rows(workdir):
   ]
 
 
-def assert_same_run(a, b):
+def assert_same_run(a, b, step=20):
   """Every leaf of parameters, state and optimizer bit for bit, and every row once."""
-  got, want = (jax.tree_util.tree_leaves_with_path(final_state(d)) for d in (a, b))
+  got, want = (jax.tree_util.tree_leaves_with_path(final_state(d, step)) for d in (a, b))
   assert [path for path, _ in got] == [path for path, _ in want]
   for (path, x), (_, y) in zip(got, want, strict=True):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)

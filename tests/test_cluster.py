@@ -1,6 +1,8 @@
 """Several real processes with JAX's own runtime and real collectives: one run, whatever happens to one of them."""
 
+import errno
 import json
+import os
 import re
 import signal
 import socket
@@ -10,10 +12,12 @@ import time
 
 import numpy as np
 import pytest
+from chaos import chaos
 from test_all_methods import METHODS
 
 from runs import (
   ROOT,
+  address,
   assert_same_run,
   command,
   environment,
@@ -28,12 +32,6 @@ from ssl_jax import cluster, metrics
 from ssl_jax.errors import UserError
 
 SLOW = pytest.mark.slow
-
-
-def address():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def launch(cache, workdir, processes=2, devices=1, each=(), **overrides):
@@ -209,6 +207,31 @@ def test_a_coordinator_that_never_comes_up_is_told_in_time(cache, tmp_path):
 def test_flags_that_do_not_fit_are_refused(arguments, text):
   with pytest.raises(UserError, match=text):
     cluster.connect(*arguments, timeout=1)
+
+
+@pytest.mark.parametrize("error", [OSError, lambda *args: ValueError(f"RESOURCE_EXHAUSTED: {OSError(*args)}")])
+def test_a_full_disk_is_told_in_a_line(error):
+  with pytest.raises(UserError, match=r"cannot write: No space left on device\. The last checkpoint is whole"):  # noqa: SIM117
+    with cluster.ending_together():
+      raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_noticed_by_whoever_writes_to_tensorboard(tmp_path, monkeypatch):
+  (tmp_path / "tensorboard").mkdir()
+  with monkeypatch.context() as patch:
+    patch.setattr(time, "time", lambda: 1e9)
+    (tmp_path / "tensorboard" / f"events.out.tfevents.1000000000.{socket.gethostname()}").symlink_to("/dev/full")
+    writer = metrics.Writer(tmp_path, -1)
+  with pytest.raises(OSError, match="No space left"):  # The next rows would wait for ever for a thread that is dead.
+    writer.write({"step": 1, "loss": 1.0})
+  with pytest.raises(OSError, match="No space left"):
+    writer.board._py_recordio_writer.close()
+  writer.file.close()
+
+
+@SLOW
+def test_whatever_happens_to_it_a_run_ends_as_if_nothing_had(cache, tmp_path):
+  chaos(tmp_path, cache, ["disk", "unreadable", "kill"], seed=1)  # python tests/chaos.py does 25 rounds
 
 
 # Every method on three topologies, and the same numbers.

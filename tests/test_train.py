@@ -80,6 +80,17 @@ def test_the_last_few_checkpoints_and_the_best_are_kept(unbroken):
   assert any(scores.get(step) == best for step in kept)
 
 
+def test_the_best_checkpoint_is_still_kept_where_a_run_has_gone_on(tmp_path):
+  state = {"params": {"w": jax.numpy.arange(3.0)}}
+  rows = [{"step": step, "knn_top1": 50.0 - step} for step in range(1, 10)]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for first in (1, 6):
+    with checkpoint.manager(tmp_path / "checkpoints", 3) as saver:
+      for step in range(first, first + 4):
+        checkpoint.save(saver, step, state)
+  assert checkpoint.steps(tmp_path / "checkpoints") == [9, 8, 7, 1]
+
+
 def test_a_finished_run_started_again_says_so_and_changes_nothing(unbroken, cache):
   workdir, _ = unbroken
   before = checksums(workdir)
