@@ -73,6 +73,7 @@ class Extractor:
   def __call__(self, variables: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """(features float32 [n, d], labels [n]), without images that have no label or cannot be read; on every process."""
     extract = self.cut if dataset.is_streamed else self.whole
+    variables = jax.device_put(variables, parallel.replicated(self.mesh))  # once, and not for every batch
     features, labels = [], []
     for images, known, keep in self._batches(dataset, jax.process_index(), jax.process_count()):
       batch = images, np.where(keep, known, -1).astype(np.int32)  # -1: filled up, unreadable or without a label
