@@ -1,5 +1,7 @@
 """One of the processes that test_cluster.py starts: every method for a few steps, and the views of one batch.
 
+"sharded" is DINO with its state split over the devices.
+
 python cluster_worker.py FOLDER COORDINATOR PROCESSES PROCESS METHOD...
 """
 
@@ -21,14 +23,13 @@ def main(folder, coordinator, processes, process, *names):
   cluster.connect(coordinator, int(processes), int(process), 120)
   jax.config.update("jax_disable_most_optimizations", True)
   folder = pathlib.Path(folder)
+  parallel.SMALLEST_SPLIT = 1
   for name in names:
-    config = test_all_methods.small(name)
+    config = test_all_methods.small("dino_quickstart" if name == "sharded" else name)
+    config.parallel.shard_state = name == "sharded"
     config.steps, config.lr.warmup_epochs = 3, 0.0
-    config.data.name, config.data.split, config.data.test_split = (
-      "fashion_mnist_mini",
-      "train[:29]",
-      "test[:13]",
-    )  # neither divides by anything
+    config.data.name = "fashion_mnist_mini"
+    config.data.split, config.data.test_split = "train[:29]", "test[:13]"  # neither divides by anything
     config.knn.k = 3
     config.log_every_steps, config.eval_every_epochs = 1, 1
     train.main(config, folder / name.replace(":", "_"))

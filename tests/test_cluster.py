@@ -242,14 +242,23 @@ def trained(tmp_path_factory):
   """`trained(processes, devices)`: the folder that cluster_worker.py wrote."""
   folders = {}
 
-  def run(processes, devices, names=METHODS):
+  def run(processes, devices):
     if (processes, devices) in folders:
       return folders[processes, devices]
     folder = folders[processes, devices] = tmp_path_factory.mktemp(f"{processes}x{devices}")
     at = address()
     running = [
       subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "cluster_worker.py"), str(folder), at, str(processes), str(i), *names],
+        [
+          sys.executable,
+          str(ROOT / "tests" / "cluster_worker.py"),
+          str(folder),
+          at,
+          str(processes),
+          str(i),
+          *METHODS,
+          "sharded",
+        ],
         env={**environment(folder / "xla", devices), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -269,15 +278,17 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("processes, devices", [(2, 2), (4, 1)])
 def test_every_method_has_the_same_numbers_on_every_topology(trained, processes, devices):
   got, want = trained(processes, devices), trained(1, 4)
-  for name in (name.replace(":", "_") for name in METHODS):
-    a, b = (metrics.read_rows(folder / name / "metrics.jsonl") for folder in (got, want))
+  for name in (name.replace(":", "_") for name in [*METHODS, "sharded"]):
+    whole = "dino_quickstart" if name == "sharded" else name
+    folders = got / name, want / whole
+    a, b = (metrics.read_rows(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for row, other in zip(a, b, strict=True):
       for key in ("loss", "grad_norm", "knn_top1"):
         assert (key in row) == (key in other)
         if key in row:
           np.testing.assert_allclose(row[key], other[key], rtol=1e-5, err_msg=f"{name} {key} {row['step']}")
-    states = [final_state(folder / name, 3) for folder in (got, want)]
+    states = [final_state(folder, 3) for folder in folders]
     leaves = [dict(flat(state)) for state in states]
     assert leaves[0].keys() == leaves[1].keys()
     for path, x in leaves[0].items():
