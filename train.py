@@ -383,7 +383,8 @@ def read_batches(config, plan: Plan, start: int, workdir: pathlib.Path) -> Itera
     return
   skipped = workdir / ("skipped.txt" if cluster.is_main() else f"skipped_{jax.process_index()}.txt")
   told = set(skipped.read_text().splitlines()) if skipped.exists() else set()
-  read = dict(threads=configs.threads(config), workers=config.data.workers, start=start, stop=plan.last_step)
+  read = dict(threads=configs.threads(config), workers=config.data.workers, reduced=config.data.reduced_decoding)
+  read |= dict(start=start, stop=plan.last_step)
   for batch in data.stream.batches(
     images, configs.views(config), batch_size=batch_size, seed=config.seed, **read, **here
   ):

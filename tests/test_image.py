@@ -15,7 +15,7 @@ import PIL.TiffImagePlugin
 import pytest
 
 from ssl_jax.data import image as image_module
-from ssl_jax.data.image import MAX_PIXELS, ImageError, read_image
+from ssl_jax.data.image import MAX_PIXELS, ImageError, read_image, read_reduced
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
@@ -369,6 +369,49 @@ def test_an_orientation_that_is_none_is_ignored(orientation):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_exif_that_cannot_be_read_is_ignored(form, junk):
   np.testing.assert_array_equal(read_image(encode(blocks(), form, exif=junk)), read_image(encode(blocks(), form)))
+
+
+# Reduced decoding.
+
+
+def smooth(height, width):
+  y, x = np.mgrid[:height, :width]
+  return np.stack([y * 250 / height, x * 250 / width, 128 + 100 * np.sin(x / 20)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_reduced_jpeg_is_the_whole_averaged_and_tells_its_real_size(orientation, channels):
+  data = turned(smooth(160, 240), "JPEG", orientation)
+  whole = read_image(data, channels)
+  for n in (1, 2, 4, 8):
+    pixels, size = read_reduced(data, channels, 160 * 240 / n**2)
+    assert size == whole.shape[:2] and pixels.shape == (size[0] // n, size[1] // n, channels)
+    averaged = whole.reshape(size[0] // n, n, size[1] // n, n, channels).mean((1, 3))
+    np.testing.assert_allclose(pixels, averaged, atol=3)  # gray levels: each of three channels rounds
+
+
+@pytest.mark.parametrize(
+  "size, least, reduced",
+  [
+    ((160, 240), 160 * 240 / 4 + 1, (160, 240)),
+    ((161, 239), 81 * 120, (81, 120)),
+    ((160, 240), np.inf, (160, 240)),
+    ((64, 2400), 1, (16, 600)),  # the short side is kept above n * n before it is reduced
+    ((4, 2400), 1, (4, 2400)),
+  ],
+)
+def test_a_jpeg_is_reduced_as_far_as_enough_pixels_are_left(size, least, reduced):
+  pixels, real = read_reduced(encode(smooth(*size), "JPEG"), 3, least)
+  assert real == size and pixels.shape == (*reduced, 3)
+
+
+@pytest.mark.parametrize("form", set(FORMATS) - {"JPEG"})
+def test_other_formats_are_never_reduced(form):
+  data = turned(smooth(80, 120), form, 6) if form in ("PNG", "TIFF") else encode(smooth(80, 120), form)
+  pixels, size = read_reduced(data, 3, 1)
+  np.testing.assert_array_equal(pixels, read_image(data))
+  assert size == pixels.shape[:2]
 
 
 # Several frames.
