@@ -4,6 +4,8 @@ import concurrent.futures
 import io
 import pathlib
 import struct
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
@@ -470,6 +472,29 @@ def test_huge_images_are_refused_by_their_header(form, size):
 def test_huge_images_that_pillow_refuses_are_refused_with_the_number_of_pixels(form, size):
   with pytest.raises(ImageError, match=rf"^too large: .*{size[0] * size[1]} pixels.* {MAX_PIXELS} "):
     read_image(grown(form, *size))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_stays_bounded_at_and_above_the_limit(tmp_path):  # C86
+  for name, size in (("above", (20000, 9500)), ("at", (17895, 10000))):
+    PIL.Image.new("L", size, 7).save(tmp_path / name, "PNG", compress_level=1)
+  code = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])  # the module alone: JAX would be most of the memory
+from image import ImageError, read_image
+for name in sys.argv[2:]:
+  try:
+    print(read_image(name).shape)
+  except ImageError as error:
+    print(error)
+  print(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
+  folder = pathlib.Path(image_module.__file__).parent
+  command = [sys.executable, "-c", code, folder, tmp_path / "above", tmp_path / "at"]
+  above, low, at, high = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+  assert above.startswith("too large") and at == "(10000, 17895, 3)"
+  assert int(low) < 200 * 2**10 and int(high) < 2 * 2**20  # KiB
 
 
 def test_the_limit_itself_is_allowed(monkeypatch):

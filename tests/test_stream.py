@@ -395,6 +395,18 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
     train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [1, 16])
+def test_a_single_class_and_classes_of_one_image_train_and_have_an_accuracy(classes, tmp_path):  # C92
+  for i in range(16):
+    for split in ("train", "val"):
+      photograph(tmp_path / split / f"c{i % classes}" / f"{i}.png", i)  # the same images: each finds itself
+  config = folder_config(tmp_path, **{"stop_after_steps": 2, "knn.k": 1})
+  assert train.main(config, tmp_path / "run") == 0
+  rows = [row for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "knn_top1" in row]
+  assert len(rows) == 2 and all(row["knn_top1"] == row["knn_top5"] == 100 for row in rows)
+
+
 def test_microbatches_of_streamed_crops_are_the_whole_batch():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("batch",))
   crops = tuple(np.random.default_rng(v).normal(size=(8, v, 3)).astype(np.float32) for v in (1, 2, 4))
