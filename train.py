@@ -229,6 +229,7 @@ def main(config, workdir: pathlib.Path) -> int:
     for step in range(start + 1, plan.last_step + 1):
       with clock.waiting():
         batch = next(batches)
+      # Both calls return at once: this batch is copied while the device computes the step before.
       train, row = plan.train_step(train, parallel.put_batch(plan.mesh, batch))
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
