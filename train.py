@@ -229,6 +229,7 @@ def main(config, workdir: pathlib.Path) -> int:
     for step in range(start + 1, plan.last_step + 1):
       with clock.waiting():
         batch = next(batches)
+      # Both calls return at once: this batch is copied while the device computes the step before.
       train, row = plan.train_step(train, parallel.put_batch(plan.mesh, batch))
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
@@ -383,7 +384,8 @@ def read_batches(config, plan: Plan, start: int, workdir: pathlib.Path) -> Itera
     return
   skipped = workdir / ("skipped.txt" if cluster.is_main() else f"skipped_{jax.process_index()}.txt")
   told = set(skipped.read_text().splitlines()) if skipped.exists() else set()
-  read = dict(threads=configs.threads(config), workers=config.data.workers, start=start, stop=plan.last_step)
+  read = dict(threads=configs.threads(config), workers=config.data.workers, reduced=config.data.reduced_decoding)
+  read |= dict(start=start, stop=plan.last_step)
   for batch in data.stream.batches(
     images, configs.views(config), batch_size=batch_size, seed=config.seed, **read, **here
   ):

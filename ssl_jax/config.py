@@ -42,6 +42,8 @@ def base() -> ml_collections.ConfigDict:
   config.data.channels = 3
   config.data.threads = config_dict.placeholder(int)  # that decode streamed images; None: one a core
   config.data.workers = 0  # processes that decode in place of this one
+  # Streamed JPEGs with more pixels than crops need are decoded smaller, for training alone: faster, other numbers.
+  config.data.reduced_decoding = config_dict.placeholder(bool)
 
   config.eval_view = ml_collections.ConfigDict()
   config.eval_view.resize = config_dict.placeholder(int)

@@ -4,6 +4,8 @@ import concurrent.futures
 import io
 import pathlib
 import struct
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
@@ -15,7 +17,7 @@ import PIL.TiffImagePlugin
 import pytest
 
 from ssl_jax.data import image as image_module
-from ssl_jax.data.image import MAX_PIXELS, ImageError, read_image
+from ssl_jax.data.image import MAX_PIXELS, ImageError, read_image, read_reduced
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
@@ -371,6 +373,49 @@ def test_exif_that_cannot_be_read_is_ignored(form, junk):
   np.testing.assert_array_equal(read_image(encode(blocks(), form, exif=junk)), read_image(encode(blocks(), form)))
 
 
+# Reduced decoding.
+
+
+def smooth(height, width):
+  y, x = np.mgrid[:height, :width]
+  return np.stack([y * 250 / height, x * 250 / width, 128 + 100 * np.sin(x / 20)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_reduced_jpeg_is_the_whole_averaged_and_tells_its_real_size(orientation, channels):
+  data = turned(smooth(160, 240), "JPEG", orientation)
+  whole = read_image(data, channels)
+  for n in (1, 2, 4, 8):
+    pixels, size = read_reduced(data, channels, 160 * 240 / n**2)
+    assert size == whole.shape[:2] and pixels.shape == (size[0] // n, size[1] // n, channels)
+    averaged = whole.reshape(size[0] // n, n, size[1] // n, n, channels).mean((1, 3))
+    np.testing.assert_allclose(pixels, averaged, atol=3)  # gray levels: each of three channels rounds
+
+
+@pytest.mark.parametrize(
+  "size, least, reduced",
+  [
+    ((160, 240), 160 * 240 / 4 + 1, (160, 240)),
+    ((161, 239), 81 * 120, (81, 120)),
+    ((160, 240), np.inf, (160, 240)),
+    ((64, 2400), 1, (16, 600)),  # the short side is kept above n * n before it is reduced
+    ((4, 2400), 1, (4, 2400)),
+  ],
+)
+def test_a_jpeg_is_reduced_as_far_as_enough_pixels_are_left(size, least, reduced):
+  pixels, real = read_reduced(encode(smooth(*size), "JPEG"), 3, least)
+  assert real == size and pixels.shape == (*reduced, 3)
+
+
+@pytest.mark.parametrize("form", set(FORMATS) - {"JPEG"})
+def test_other_formats_are_never_reduced(form):
+  data = turned(smooth(80, 120), form, 6) if form in ("PNG", "TIFF") else encode(smooth(80, 120), form)
+  pixels, size = read_reduced(data, 3, 1)
+  np.testing.assert_array_equal(pixels, read_image(data))
+  assert size == pixels.shape[:2]
+
+
 # Several frames.
 
 
@@ -427,6 +472,29 @@ def test_huge_images_are_refused_by_their_header(form, size):
 def test_huge_images_that_pillow_refuses_are_refused_with_the_number_of_pixels(form, size):
   with pytest.raises(ImageError, match=rf"^too large: .*{size[0] * size[1]} pixels.* {MAX_PIXELS} "):
     read_image(grown(form, *size))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_stays_bounded_at_and_above_the_limit(tmp_path):  # C86
+  for name, size in (("above", (20000, 9500)), ("at", (17895, 10000))):
+    PIL.Image.new("L", size, 7).save(tmp_path / name, "PNG", compress_level=1)
+  code = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])  # the module alone: JAX would be most of the memory
+from image import ImageError, read_image
+for name in sys.argv[2:]:
+  try:
+    print(read_image(name).shape)
+  except ImageError as error:
+    print(error)
+  print(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
+  folder = pathlib.Path(image_module.__file__).parent
+  command = [sys.executable, "-c", code, folder, tmp_path / "above", tmp_path / "at"]
+  above, low, at, high = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+  assert above.startswith("too large") and at == "(10000, 17895, 3)"
+  assert int(low) < 200 * 2**10 and int(high) < 2 * 2**20  # KiB
 
 
 def test_the_limit_itself_is_allowed(monkeypatch):

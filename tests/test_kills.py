@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -10,12 +9,11 @@ import time
 
 import numpy as np
 import pytest
+from runs import ROOT, SMALL, environment
 from test_stream import photograph
-from test_train import SMALL, cache, environment  # noqa: F401
 
 from ssl_jax import data, metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH, IMAGES = 300, 8, 61
 # train.py, noting what each step is given before it is taken. Workers import this file too, and then start nothing.
 DRIVER = """
@@ -47,7 +45,7 @@ def images(tmp_path_factory):
   return root
 
 
-def start(images, workdir, cache, threads, workers):  # noqa: F811
+def start(images, workdir, cache, threads, workers):
   workdir.mkdir(exist_ok=True)
   driver = workdir / "driver.py"
   driver.write_text(DRIVER)
@@ -80,7 +78,7 @@ def group_is_gone(process, seconds=20):
 
 
 @pytest.mark.slow
-def test_killed_three_times_every_index_comes_once_an_epoch_in_the_same_order(images, cache, tmp_path):  # noqa: F811
+def test_killed_three_times_every_index_comes_once_an_epoch_in_the_same_order(images, cache, tmp_path):
   parts = ((50, 0, 0), (120, 1, 0), (200, 1, 1), (None, 3, 3))
   for step, threads, workers in parts:
     process = start(images, tmp_path, cache, threads, workers)
@@ -107,7 +105,7 @@ def test_killed_three_times_every_index_comes_once_an_epoch_in_the_same_order(im
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status, word", [(signal.SIGTERM, 143, "saved"), (signal.SIGINT, 130, "interrupted")])
-def test_a_signal_to_the_whole_group_ends_quietly(images, cache, tmp_path, number, status, word):  # noqa: F811
+def test_a_signal_to_the_whole_group_ends_quietly(images, cache, tmp_path, number, status, word):
   process = start(images, tmp_path, cache, 1, 2)
   wait(process, tmp_path, 5)
   os.killpg(process.pid, number)

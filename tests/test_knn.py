@@ -231,3 +231,14 @@ def test_top5_counts_no_more_classes_than_neighbours(k, top5):
 def test_accuracy_of_fewer_than_five_classes_is_defined():
   assert accuracy(np.array([[0.4, 0.6], [0.9, 0.1]]), np.array([1, 1]), k=20) == {"top1": 50.0, "top5": 100.0}
   assert accuracy(np.ones((3, 1)), np.zeros(3, int), k=5) == {"top1": 100.0, "top5": 100.0}
+
+
+def test_a_single_class_and_classes_of_one_row_have_an_accuracy():  # C92
+  features, itself = draw(12)[0], np.arange(12)
+  settings = dict(k=20, temperature=0.07)
+  with pytest.warns(UserWarning, match="more than the bank's 12 rows"):
+    for labels, alone in ((np.zeros(12, int), 100), (itself, 0)):
+      whole = evaluate.knn_accuracy(features, labels, features, labels, **settings)
+      assert whole == {"top1": 100, "top5": 100}
+      left_out = evaluate.knn_accuracy(features, labels, features, labels, exclude=itself, **settings)
+      assert left_out == {"top1": alone, "top5": alone}

@@ -76,6 +76,7 @@ def test_a_folder_is_copied_byte_by_byte_with_its_splits_labels_and_order(tmp_pa
   assert features["image"].shape == (None, None, 3) and features["image"].encoding_format is None
   streamed = data.load("my_pets", "train", data_dir=tmp_path)
   np.testing.assert_array_equal(streamed.images.read(2), read_image(files["train/b/2.jpg"]))
+  assert streamed.images.read_reduced(2, 1)[1] == streamed.images.read(2).shape[:2]
   assert streamed.images.label(2) == 1 and streamed.num_classes == 3
   assert not list((tmp_path / "my_pets").glob("incomplete*")) and not (folder / "lock").exists()
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from test_stream import folder_config, photographs  # noqa: F401
+from test_stream import folder_config, photograph, photographs  # noqa: F401
 from test_train import small_config
 
 import train
@@ -15,9 +15,13 @@ from ssl_jax.data import show
 LOOK = dict(scale=(0.2, 0.9), solarize_p=0.5)
 
 
-@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, monkeypatch):  # noqa: F811
   config = folder_config(photographs) if streamed else small_config(batch_size=8)
+  if streamed:
+    config.data.reduced_decoding = True
+    for path in (photographs / "train").rglob("*.jpg"):
+      photograph(path, 0, (240, 160))
   c = config.data.channels
   large, small = dict(size=16, mean=(0.5,) * c, std=(0.2,) * c, **LOOK), dict(size=8, **LOOK)
   config.views = (large, small, large)
@@ -29,6 +33,7 @@ def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, 
   made = jax.jit(augment.make_views, static_argnums=2)(keys, batch, views)
   originals, drawn = show.first_views(config, dataset, 8)
   assert len(originals) == 8
+  assert not streamed or max(x.shape[1] for x in originals) == 240 // 4
   for got, want in zip(drawn, (made[0][0], made[1][0], made[0][1]), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-5)
   put_back = show.shown(drawn[0], views[0].mean, views[0].std)

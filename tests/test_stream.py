@@ -14,6 +14,7 @@ from test_train import small_config
 
 import train
 from ssl_jax import augment, data, evaluate, metrics, parallel
+from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import check, folder, stream
 from ssl_jax.data.image import ImageError
@@ -161,6 +162,68 @@ def test_evaluation_crops_are_the_devices(golden, shape):
   view = EvaluationView(resize=24, size=20)
   want = 255 * jax.jit(lambda x: augment.evaluation_view(x, view))(pixels[None])[0]
   assert np.max(np.abs(stream.centre_crop(pixels, view) - want)) <= 1.5  # bicubic in gray levels
+
+
+# Reduced decoding.
+
+
+@pytest.mark.parametrize("n, size", [(1, (90, 120)), (2, (179, 240)), (4, (361, 478)), (8, (720, 960))])
+def test_crops_of_a_reduced_image_are_of_the_same_parts_of_it(n, size, monkeypatch):
+  y, x = np.mgrid[: size[0], : size[1]] / n
+  whole = np.stack([2 * y, x, 128 + 100 * np.sin(x / 9)], axis=-1).astype(np.uint8)
+  padded = np.pad(whole, [(0, -s % n) for s in size] + [(0, 0)], mode="edge")
+  reduced = padded.reshape(padded.shape[0] // n, n, padded.shape[1] // n, n, 3).mean((1, 3)).round().astype(np.uint8)
+  drawn, cut = [], stream.crop_box
+  monkeypatch.setattr(stream, "crop_box", lambda *args: drawn.append(cut(*args)) or drawn[-1])
+  for i in range(20):
+    for a, b in zip(
+      stream.cut_views(whole, VIEWS, (i,)), stream.cut_views(reduced, VIEWS, (i,), whole.shape[:2]), strict=True
+    ):
+      assert np.max(np.abs(a.astype(int) - b)) <= 4 and np.mean(np.abs(a.astype(int) - b)) < 1
+    assert drawn[-2 * len(VIEWS) : -len(VIEWS)] == drawn[-len(VIEWS) :]
+
+
+def test_jpegs_are_reduced_only_if_asked_and_as_far_as_the_smallest_crop_allows(tmp_path, monkeypatch):
+  for i in range(5):
+    photograph(tmp_path / f"{i}.jpg", i, (240 + i, 160))
+  images, read_image, seen = data.load_folder(tmp_path, "train").images, folder.read_reduced, []
+
+  def noted(*args):
+    pixels, size = read_image(*args)
+    seen.append((pixels.shape[1], size[1]))
+    return pixels, size
+
+  monkeypatch.setattr(folder, "read_reduced", noted)
+  plain = read(images, 0, 2, threads=0)
+  assert not seen
+  reduced = read(images, 0, 2, threads=0, reduced=True)
+  # A view of 12 pixels of 8 % of the area needs 1,800; a quarter of the sides leaves 2,400.
+  assert stream.least_pixels(VIEWS, True) == 12**2 / 0.08 and len(seen) == 8
+  assert all(width == -(-whole // 4) for width, whole in seen)
+  for a, b in zip(plain, reduced, strict=True):
+    np.testing.assert_array_equal(a["index"], b["index"])
+    for x, y in zip(a["image"], b["image"], strict=True):
+      assert 0 < np.mean(np.abs(x.astype(int) - y)) < 2 and np.max(np.abs(x.astype(int) - y)) < 20
+  assert_equal(read(images, 0, 2, threads=2, reduced=True), reduced)
+
+
+@pytest.mark.slow
+def test_workers_reduce_jpegs_too(tmp_path):
+  for i in range(5):
+    photograph(tmp_path / f"{i}.jpg", i, (240 + i, 160))
+  images = data.load_folder(tmp_path, "train").images
+  want = read(images, 0, 2, threads=0, reduced=True)
+  assert_equal(read(images, 0, 2, threads=1, workers=1, reduced=True), want)
+
+
+def test_another_decoding_is_another_run():
+  config = small_config()
+  saved = configs.to_json(config)
+  del saved["data"]["reduced_decoding"]  # as of before it was there
+  configs.check_same(config, saved)
+  config.data.reduced_decoding = True
+  with pytest.raises(UserError, match=r"data\.reduced_decoding: now True, then None"):
+    configs.check_same(config, saved)
 
 
 # What cannot be read.
@@ -330,6 +393,18 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   (photographs / "train" / "a" / "0.jpg").unlink()  # C94
   with pytest.raises(UserError, match=r"the images are not those .*24 files.* now 23 files"):
     train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [1, 16])
+def test_a_single_class_and_classes_of_one_image_train_and_have_an_accuracy(classes, tmp_path):  # C92
+  for i in range(16):
+    for split in ("train", "val"):
+      photograph(tmp_path / split / f"c{i % classes}" / f"{i}.png", i)  # the same images: each finds itself
+  config = folder_config(tmp_path, **{"stop_after_steps": 2, "knn.k": 1})
+  assert train.main(config, tmp_path / "run") == 0
+  rows = [row for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "knn_top1" in row]
+  assert len(rows) == 2 and all(row["knn_top1"] == row["knn_top5"] == 100 for row in rows)
 
 
 def test_microbatches_of_streamed_crops_are_the_whole_batch():

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 
 from ssl_jax.data.dataset import Dataset
-from ssl_jax.data.image import ImageError, read_image
+from ssl_jax.data.image import ImageError, read_image, read_reduced
 from ssl_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -35,6 +35,9 @@ class Files:
 
   def read(self, i: int) -> np.ndarray:
     return read_image(os.path.join(self.root, self.names[i]), self.channels)
+
+  def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
+    return read_reduced(os.path.join(self.root, self.names[i]), self.channels, least)
 
   def label(self, i: int) -> int:
     return int(self.labels[i])

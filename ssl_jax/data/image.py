@@ -1,6 +1,7 @@
 """One image file, of whatever kind people's folders hold, as an array of bytes."""
 
 import io
+import math
 import os
 import re
 import threading
@@ -76,6 +77,18 @@ def read_image(source: str | os.PathLike | bytes, channels: int = 3) -> np.ndarr
   Raises:
     ImageError: for whatever is wrong with the file. Nothing else is raised or warned of.
   """
+  return read_reduced(source, channels, math.inf)[0]
+
+
+def read_reduced(source: str | os.PathLike | bytes, channels: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
+  """`read_image`, but a JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 that has at least `least` pixels.
+
+  Returns:
+    uint8 [h, w, channels], maybe read-only, and the height and width of the whole image. Sides are rounded up.
+
+  Raises:
+    ImageError: as `read_image`.
+  """
   path = source if isinstance(source, bytes) else os.fspath(source)  # What is no path is not the file's fault.
   filters: Any = warnings.filters
   if filters[:1] != [_MUTE]:
@@ -83,7 +96,7 @@ def read_image(source: str | os.PathLike | bytes, channels: int = 3) -> np.ndarr
   _muted.on = True
   try:
     with io.BytesIO(source) if isinstance(source, bytes) else open(path, "rb") as file:
-      return _decode(file, channels)
+      return _decode(file, channels, least)
   except ImageError:
     raise
   except PIL.Image.DecompressionBombError as error:  # WebP's and GIF's plugins look before they tell the size.
@@ -97,7 +110,7 @@ def read_image(source: str | os.PathLike | bytes, channels: int = 3) -> np.ndarr
     _muted.on = False
 
 
-def _decode(file: BinaryIO, channels: int) -> np.ndarray:
+def _decode(file: BinaryIO, channels: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
   start = file.read(32)
   if not start:
     raise ImageError("empty file")
@@ -108,6 +121,11 @@ def _decode(file: BinaryIO, channels: int) -> np.ndarray:
   image = reader(file)  # PIL.Image.open would know many more formats, and run Ghostscript for one of them.
   if image.width * image.height > MAX_PIXELS:
     raise ImageError(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS}")
+  width, height = image.size
+  if reader is JpegImageFile:  # Below n * n pixels the reduced sides would not tell n.
+    fits = (n for n in (8, 4, 2) if -(-width // n) * -(-height // n) >= least and min(image.size) > n * n)
+    if parts := next(fits, None):
+      image.draft(None, (width // parts, height // parts))
   image.load()
   try:
     turn = image.getexif().get(PIL.ExifTags.Base.Orientation)  # None for a TIFF: `load` has turned it.
@@ -152,12 +170,14 @@ def _decode(file: BinaryIO, channels: int) -> np.ndarray:
     pixels = np.asarray(image.convert("L"))[..., None] if channels == 1 else np.asarray(image)
 
   if turn in (5, 6, 7, 8):
-    pixels = pixels.swapaxes(0, 1)
+    pixels, width, height = pixels.swapaxes(0, 1), height, width
   if turn in (2, 3, 6, 7):
     pixels = pixels[:, ::-1]
   if turn in (3, 4, 7, 8):
     pixels = pixels[::-1]
-  return np.ascontiguousarray(pixels)
+  if reader is not JpegImageFile:  # `load` turns a TIFF.
+    height, width = pixels.shape[:2]
+  return np.ascontiguousarray(pixels), (height, width)
 
 
 def _to_uint8(values):

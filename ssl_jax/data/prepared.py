@@ -15,7 +15,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from ssl_jax.data.dataset import Dataset, check_channels, to_pixels
-from ssl_jax.data.image import ImageError, read_image
+from ssl_jax.data.image import ImageError, read_image, read_reduced
 from ssl_jax.errors import UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -117,11 +117,16 @@ class Records:
     return self.size
 
   def read(self, i: int) -> np.ndarray:
+    return read_image(self.encoded(i), self.channels)
+
+  def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
+    return read_reduced(self.encoded(i), self.channels, least)
+
+  def encoded(self, i: int) -> bytes:
     try:
-      encoded = self.source[self.place(i)]["image"]
+      return self.source[self.place(i)]["image"]
     except Exception as error:  # ArrayRecord and protobuf raise what they like on damaged bytes.
       raise ImageError(f"damaged record ({_brief(error)})") from error
-    return read_image(encoded, self.channels)
 
   def label(self, i: int) -> int:
     return int(self.source[self.place(i)]["label"]) if self.labelled else -1

@@ -33,8 +33,10 @@ def first_views(config, dataset: data.Dataset, count: int) -> tuple[list[np.ndar
   views = configs.views(config)
   order = data.batch_indices(len(dataset.images), config.batch_size, config.seed, 0)[:count]
   if dataset.is_streamed:
-    originals = [data.stream.read_or_next(dataset.images, int(i))[0] for i in order]
-    cut = [data.stream.cut_views(x, views, (config.seed, 0, position)) for position, x in enumerate(originals)]
+    least = data.stream.least_pixels(views, config.data.reduced_decoding)
+    read = [data.stream.read_or_next(dataset.images, int(i), least) for i in order]
+    cut = [data.stream.cut_views(x, views, (config.seed, 0, j), size) for j, (x, size, _) in enumerate(read)]
+    originals = [x for x, _, _ in read]
     images = jax.tree.map(lambda *crops: np.stack(crops), *cut)
   else:
     images = dataset.images[order]

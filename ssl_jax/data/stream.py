@@ -36,6 +36,10 @@ class Images(Protocol):
     """Image i, uint8 [H, W, C] of any size. Raises `ImageError` where it cannot be read."""
     ...
 
+  def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
+    """Image i, maybe smaller, of at least so many pixels; and its real height and width. Raises as `read`."""
+    ...
+
   def label(self, i: int) -> int:
     """Its class, -1 where there is none."""
     ...
@@ -66,6 +70,10 @@ class InMemory:
   def read(self, i: int) -> np.ndarray:
     return self.pixels[i]
 
+  def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
+    del least
+    return self.pixels[i], self.pixels.shape[1:3]
+
   def label(self, i: int) -> int:
     return int(self.labels[i])
 
@@ -91,6 +99,7 @@ def batches(
   stop: int,
   threads: int,
   workers: int = 0,
+  reduced: bool = False,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, Any]]:
@@ -104,18 +113,23 @@ def batches(
     seed: of the order (`batch_indices`) and the crops, which depend on (seed, step, position, view) alone.
     threads: that decode; 0 decodes in the caller's. In each worker, where there are workers.
     workers: processes that decode; 0: none. Outside of absl's `app.run` call `absl.flags.FLAGS.mark_as_parsed()` first.
+    reduced: decode JPEGs at 1/2, 1/4 or 1/8 where no view's smallest crop then has fewer pixels than the view
+      (`least_pixels`). The crops show the same parts; on photographs they differ by 0.6 gray levels on average and 42
+      at most for SimCLR's views, by 0.4 (at 1/2) to 1.0 (at 1/4) and 50 at most for DINO's ten. None of 500x375 pixels
+      is reduced for views of 224.
 
   Yields:
     {"image": tuple of uint8 [b, v, size, size, C], one a resolution, "index" int64 [b], "wanted" int64 [b]}. An image
     that cannot be read is replaced by the next that can: "index" is what came and "wanted" what the order says.
   """
   local = batch_size // process_count
+  least = least_pixels(views, reduced)
 
   def example(i):
     step, position = divmod(int(i), local)
     order = batch_indices(len(images), batch_size, seed, step, process_index=process_index, process_count=process_count)
-    pixels, index = read_or_next(images, int(order[position]))
-    crops = cut_views(pixels, views, (seed, step, process_index * local + position))
+    pixels, size, index = read_or_next(images, int(order[position]), least)
+    crops = cut_views(pixels, views, (seed, step, process_index * local + position), size)
     return {"image": crops, "index": np.int64(index), "wanted": order[position]}
 
   return _run(start * local, stop * local, example, local, threads, workers)
@@ -180,15 +194,25 @@ def _begin_worker(index, count):
   threading.Thread(target=watch, daemon=True).start()
 
 
-def read_or_next(images: Images, index: int) -> tuple[np.ndarray, int]:
-  """(pixels, index) of the image at `index` or, where it cannot be read, of the next one that can.
+def least_pixels(views: Sequence[View], reduced: bool) -> float:
+  """How many pixels a reduced image must have, so that no view's smallest crop has fewer than the view; else inf."""
+  return max(view.size**2 / view.scale[0] for view in views) if reduced else math.inf
+
+
+def read_or_next(images: Images, index: int, least: float = math.inf) -> tuple[np.ndarray, tuple[int, ...], int]:
+  """(pixels, real height and width, index) of the image at `index` or, where it cannot be read, of the next that can.
+
+  With a finite `least`, a JPEG of more pixels may come reduced to no fewer (`image.read_reduced`).
 
   Raises:
     UserError: none can.
   """
   for i in range(index, index + len(images)):
     try:
-      return images.read(i % len(images)), i % len(images)
+      if least < math.inf:
+        return *images.read_reduced(i % len(images), least), i % len(images)
+      pixels = images.read(i % len(images))
+      return pixels, pixels.shape[:2], i % len(images)
     except ImageError:
       continue
   raise UserError(f"none of the {len(images):,} images can be read.")
@@ -210,14 +234,22 @@ def check_sample(images: Images) -> None:
     )
 
 
-def cut_views(pixels: np.ndarray, views: Sequence[View], entropy: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-  """The crops of all views of one image [H, W, C]: a tuple of uint8 [v, size, size, C], one a resolution."""
+def cut_views(
+  pixels: np.ndarray, views: Sequence[View], entropy: tuple[int, ...], size: tuple[int, ...] = ()
+) -> tuple[np.ndarray, ...]:
+  """The crops of all views of one image [H, W, C]: a tuple of uint8 [v, size, size, C], one a resolution.
+
+  `size` is the image's real height and width where `pixels` are reduced: the crops are of the same parts of it.
+  """
+  size = size or pixels.shape[:2]
+  parts = -(-size[0] // pixels.shape[0])  # A pixel is of parts x parts of them; the last may be of fewer.
   planes = _planes(pixels)
   crops = []
   for i, view in enumerate(views):
     rng = np.random.default_rng((*entropy, i))
-    top, left, height, width = crop_box(rng, pixels.shape[:2], view.scale, view.ratio)
-    crops.append(_resized(planes, (left, top, left + width, top + height), (view.size, view.size), view.interpolation))
+    top, left, h, w = crop_box(rng, size, view.scale, view.ratio)
+    box = tuple(x / parts for x in (left, top, left + w, top + h))
+    crops.append(_resized(planes, box, (view.size, view.size), view.interpolation))
   return tuple(np.stack([crops[i] for i in indices]) for indices in by_resolution(views).values())
 
 
@@ -256,5 +288,8 @@ def _planes(pixels):
 def _resized(planes, box, size, interpolation):
   """Crops, then resizes to (height, width): Pillow's own `resize(box=)` would read across the box's edge."""
   resample = PIL.Image.Resampling[interpolation.upper()]
-  done = [np.asarray(plane.crop(box).resize(size[::-1], resample)) for plane in planes]
+  left, top, right, bottom = box
+  outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+  inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]  # of a reduced image: fractions
+  done = [np.asarray(plane.crop(outer).resize(size[::-1], resample, inner)) for plane in planes]
   return done[0] if done[0].ndim == 3 else np.stack(done, axis=-1)
