@@ -231,6 +231,8 @@ def main(config, workdir: pathlib.Path) -> int:
         batch = next(batches)
       # Both calls return at once: this batch is copied while the device computes the step before.
       train, row = plan.train_step(train, parallel.put_batch(plan.mesh, batch))
+      if len(waiting) > 1:  # Not further ahead than that: batches would pile up in the device's memory.
+        jax.block_until_ready(waiting[-2][1])
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
       waiting.append((step, row))
@@ -239,7 +241,7 @@ def main(config, workdir: pathlib.Path) -> int:
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
 
-      ends = step == plan.last_step or stopping(step)
+      ends = step == plan.last_step or stopping()
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.

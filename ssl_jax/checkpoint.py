@@ -33,6 +33,14 @@ class _Best(NamedTuple):
     return [c.step == best for c in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+  """Leaves it to `cluster.listen_for_sigterm` to ask JAX for preemption: the steps of old saves would mislead JAX."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
   """A manager that keeps the last `keep` checkpoints and the one with the best k-NN in `folder/../metrics.jsonl`."""
   best = _Best(folder.parent / "metrics.jsonl")
@@ -42,7 +50,7 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     cleanup_tmp_directories=True,
     async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier),
   )
-  return ocp.CheckpointManager(folder.absolute(), options=options)
+  return _Manager(folder.absolute(), options=options)
 
 
 def _barrier(*, key, timeout_ms):

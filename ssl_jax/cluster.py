@@ -5,6 +5,7 @@ Everything here is a no-op, or says what one process says, where there is only o
 
 import contextlib
 import errno
+import itertools
 import os
 import pathlib
 import secrets
@@ -149,13 +150,16 @@ def check_shared(folder: pathlib.Path) -> None:
     )
 
 
-def listen_for_sigterm() -> Callable[[int], bool]:
-  """Returns `stopping(step)`, asked after each step: whether the run is to end there, on all processes alike.
+def listen_for_sigterm() -> Callable[[], bool]:
+  """Returns `stopping()`, asked after each step by all processes: whether the run is to end there.
 
   SIGTERM to any one process is enough. Where there is only one, a second SIGTERM ends it at once.
   """
   if jax.distributed.is_initialized():
-    return multihost_utils.reached_preemption_sync_point
+    # JAX stops all of them at the largest number that one has asked with, plus one. Counted from 0, and not by steps: a
+    # signal from before the first question would mean a step that is long gone.
+    asked = itertools.count()
+    return lambda: multihost_utils.reached_preemption_sync_point(next(asked))
   came = []
 
   def handler(number, frame):
@@ -164,7 +168,7 @@ def listen_for_sigterm() -> Callable[[int], bool]:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
   signal.signal(signal.SIGTERM, handler)
-  return lambda step: bool(came)
+  return lambda: bool(came)
 
 
 @contextlib.contextmanager
