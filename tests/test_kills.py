@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from runs import ROOT, SMALL, environment
 from test_stream import photograph
 
+from runs import ROOT, SMALL, environment
 from ssl_jax import data, metrics
 
 STEPS, BATCH, IMAGES = 300, 8, 61
