@@ -238,7 +238,7 @@ def main(config, workdir: pathlib.Path) -> int:
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
 
-      ends = step == plan.last_step or stopping(step)
+      ends = step == plan.last_step or stopping()
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.

@@ -33,6 +33,12 @@ class _Best(NamedTuple):
     return [c.step == best for c in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step):
+    del step  # Orbax would ask too, and with a step of the past: see cluster.listen_for_sigterm.
+    return False
+
+
 def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
   """A manager that keeps the last `keep` checkpoints and the one with the best k-NN in `folder/../metrics.jsonl`."""
   best = _Best(folder.parent / "metrics.jsonl")
@@ -42,7 +48,7 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     cleanup_tmp_directories=True,
     async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier),
   )
-  return ocp.CheckpointManager(folder.absolute(), options=options)
+  return _Manager(folder.absolute(), options=options)
 
 
 def _barrier(*, key, timeout_ms):

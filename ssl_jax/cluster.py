@@ -5,6 +5,7 @@ Everything here is a no-op, or says what one process says, where there is only o
 
 import contextlib
 import errno
+import itertools
 import os
 import pathlib
 import secrets
@@ -149,13 +150,16 @@ def check_shared(folder: pathlib.Path) -> None:
     )
 
 
-def listen_for_sigterm() -> Callable[[int], bool]:
-  """Returns `stopping(step)`, asked after each step: whether the run is to end there, on all processes alike.
+def listen_for_sigterm() -> Callable[[], bool]:
+  """Returns `stopping()`, asked once after each step: whether the run is to end there, on all processes alike.
 
-  SIGTERM to any one process is enough. Where there is only one, a second SIGTERM ends it at once.
+  SIGTERM to any one process is enough. A second one ends a process at once.
   """
   if jax.distributed.is_initialized():
-    return multihost_utils.reached_preemption_sync_point
+    # The processes end at the number after the highest that any has asked with, which before the first step is 1: with
+    # steps for numbers, a run that goes on from a checkpoint would never come to it.
+    asked = itertools.count(1)
+    return lambda: multihost_utils.reached_preemption_sync_point(next(asked))
   came = []
 
   def handler(number, frame):
@@ -164,7 +168,7 @@ def listen_for_sigterm() -> Callable[[int], bool]:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
   signal.signal(signal.SIGTERM, handler)
-  return lambda step: bool(came)
+  return lambda: bool(came)
 
 
 @contextlib.contextmanager
