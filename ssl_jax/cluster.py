@@ -156,9 +156,9 @@ def listen_for_sigterm() -> Callable[[], bool]:
   SIGTERM to any one process is enough. Where there is only one, a second SIGTERM ends it at once.
   """
   if jax.distributed.is_initialized():
-    # JAX stops all of them at the largest number that one has asked with, plus one. Counted from 0, and not by steps: a
-    # signal from before the first question would mean a step that is long gone.
-    asked = itertools.count()
+    # They end at the number after the highest that any has asked with, which before the first question is 1: with steps
+    # for numbers, a run that goes on from a checkpoint would never come to it.
+    asked = itertools.count(1)
     return lambda: multihost_utils.reached_preemption_sync_point(next(asked))
   came = []
 
