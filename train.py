@@ -165,12 +165,12 @@ def make_plan(config) -> Plan:
       counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
       images = tuple(jax.ShapeDtypeStruct((config.batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
     batch = parallel.abstract({"image": images}, parallel.split(mesh))
-    step_flops = flops.count(train_step.trace(state, batch).jaxpr)
-    if config.microbatch and not method.separable:  # Such a method encodes twice, which are no FLOPs of the model.
+    program = train_step.trace(state, batch)
+    if mesh.size > 1 or config.microbatch:  # What is done twice is no FLOPs of the model.
       whole = config.copy_and_resolve_references()
       whole.microbatch = None
       whole_step = make_step(module.from_config(whole, steps, steps_per_epoch), optimizer, views, config.seed)
-      step_flops = flops.count(parallel.compile_step(whole_step, mesh).trace(state, batch).jaxpr)
+      program = parallel.trace_alone(whole_step, state, batch)
     extractor = evaluate.Extractor(encoder, config, mesh, config.batch_size)
     shown = test_set or train_set
     for dataset in (bank or shown, shown):
@@ -183,7 +183,7 @@ def make_plan(config) -> Plan:
   last_step = min(steps, config.stop_after_steps or steps)
   chance = method.chance(config.batch_size)
   device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
-  costs = step_flops, device_peak and device_peak * mesh.size
+  costs = flops.count(program.jaxpr), device_peak and device_peak * mesh.size
   built = method, init, state, train_step, extractor, painter
   return Plan(mesh, train_set, bank, test_set, steps, steps_per_epoch, last_step, learning_rate, chance, *costs, *built)
 
@@ -192,14 +192,11 @@ def main(config, workdir: pathlib.Path) -> int:
   """Trains. Returns the exit status: 0, or 143 where SIGTERM ended the run."""
   stopping = cluster.listen_for_sigterm()
   plan = cluster.together(lambda: make_plan(config))
-  cluster.check_alike(configs.facts(config) | {"images": f"{len(plan.train_set.images)} {plan.train_set.fingerprint}"})
+  sets = {"data.split": plan.train_set, "data.test_split": plan.test_set}
+  cluster.check_alike(configs.facts(config) | {name: data.summary(images) for name, images in sets.items()})
   cluster.check_shared(workdir)
+  cluster.together(lambda: check_resumable(config, plan, workdir))
   folder = workdir / "checkpoints"
-  if checkpoint.steps(folder):
-    if not (workdir / "config.json").is_file():
-      raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
-    configs.check_same(config, json.loads((workdir / "config.json").read_text()))
-    check_same_files(plan.train_set, workdir / "files.txt")
   restored = checkpoint.restore_newest(folder, plan.state._asdict(), say)
   start = restored[0] if restored else 0
   if start >= plan.last_step:
@@ -376,7 +373,7 @@ def load_test_set(config) -> data.Dataset | None:
 def read_batches(config, plan: Plan, start: int, workdir: pathlib.Path) -> Iterator[dict]:
   """Yields {"image": ...}, this process's part of each step's batch: images, or crops where they are streamed.
 
-  Files that cannot be read are told once, and listed in skipped.txt, or in process 1's skipped_1.txt.
+  Files that cannot be read are listed in skipped.txt, process 1's in skipped_1.txt; process 0 also tells its own, once.
   """
   images, batch_size = plan.train_set.images, config.batch_size
   here = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -400,12 +397,18 @@ def read_batches(config, plan: Plan, start: int, workdir: pathlib.Path) -> Itera
     yield {"image": batch["image"]}
 
 
-def check_same_files(train_set: data.Dataset, path: pathlib.Path) -> None:
-  """Raises UserError if the folder has other files than when the run began: every step would see other images."""
-  then = path.read_text() if path.exists() else train_set.fingerprint
-  if then != train_set.fingerprint:
+def check_resumable(config, plan: Plan, workdir: pathlib.Path) -> None:
+  """Raises UserError if the workdir has a run with another config, or other files: steps would see other images."""
+  if not checkpoint.steps(workdir / "checkpoints"):
+    return
+  if not (workdir / "config.json").is_file():
+    raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
+  configs.check_same(config, json.loads((workdir / "config.json").read_text()))
+  path, now = workdir / "files.txt", plan.train_set.fingerprint
+  then = path.read_text() if path.exists() else now
+  if then != now:
     raise UserError(
-      f"the images are not those that this run began with: {then} then, now {train_set.fingerprint}. "
+      f"the images are not those that this run began with: {then} then, now {now}. "
       "Put the folder back as it was, or take another --workdir."
     )
 

@@ -197,10 +197,11 @@ def fingerprint(tree: Any) -> jax.Array:
   """A uint32 of all bits of a tree, computed where its arrays are: TensorStore does not notice a flipped bit."""
   total = jnp.uint32(0)
   for leaf in jax.tree.leaves(tree):
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.uint32(0)  # in row-major order, each device its own part's
     for axis, size in enumerate(leaf.shape):
       place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    # Odd weights by place, so that no changed word and no exchange of two leaves the sum as it was.
+    # Odd weights by place: one changed word always changes the sum, and several do but by rare chance.
     total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
   return total

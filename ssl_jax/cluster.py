@@ -129,15 +129,23 @@ def check_shared(folder: pathlib.Path) -> None:
   if jax.process_count() == 1:
     return
   proof = folder / f".shared_{exchange(secrets.token_hex(8))[0]}"
-  if is_main():
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".shared_*"):  # of a start that was killed here
-      old.unlink()
-    proof.touch()
-  exchange("written")
+
+  def prove():
+    if not is_main():
+      return
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      for old in folder.glob(".shared_*"):  # of a start that was killed here
+        old.unlink()
+      proof.touch()
+    except OSError as error:
+      raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
+
+  together(prove)
   deadline = time.monotonic() + _SEEN_WITHIN
   while not proof.exists() and time.monotonic() < deadline:
-    os.scandir(folder.parent if not folder.exists() else folder).close()  # makes NFS look again
+    with contextlib.suppress(OSError):
+      os.scandir(folder).close()  # makes NFS look again
     time.sleep(0.2)
   seen = exchange("seen" if proof.exists() else "")
   if is_main():

@@ -12,9 +12,10 @@ from ml_collections import config_dict
 from ssl_jax import augment
 from ssl_jax.errors import UserError
 
-# What may change between the runs of one workdir: none of it changes a number of the training.
+# What may change between the runs of one workdir: it changes no number of the training, but by rounding. What a folder
+# holds is compared by itself.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
-FREE_PREFIXES = ("parallel.", "data.data_dir", "data.threads", "data.workers", "knn.", "eval_view.")
+FREE_PREFIXES = ("parallel.", "data.data_dir", "data.folder", "data.threads", "data.workers", "knn.", "eval_view.")
 # What may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 

@@ -60,6 +60,13 @@ def compile_step(step: Callable, mesh: Mesh) -> Callable:
   return jax.jit(mapped, donate_argnums=0)
 
 
+def trace_alone(step: Callable, state: Any, batch: Any) -> Any:
+  """Traces the step as `compile_step` would compile it for one device with the whole batch."""
+  alone = Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
+  compiled: Any = compile_step(step, alone)
+  return compiled.trace(abstract(state, replicated(alone)), abstract(batch, split(alone)))
+
+
 def sharded(tree: Any, mesh: Mesh) -> Any:
   """The shapes of a tree, each large array split over the devices along its last axis that divides."""
 

@@ -187,7 +187,7 @@ def test_unequal_devices_are_told(cache, tmp_path):
 
 @SLOW
 def test_a_workdir_that_is_not_shared_is_found_out(cache, tmp_path):
-  each = [f"--workdir={tmp_path / 'here'}"], [f"--workdir={tmp_path / 'there'}"]
+  each = [f"--workdir={tmp_path / 'here'}"], [f"--workdir={tmp_path / 'far' / 'there'}"]
   for status, text in outputs(launch(cache, tmp_path / "run", each=each)):
     assert status == 1 and "process 1 does not see what process 0 writes" in text and "Traceback" not in text, text
 

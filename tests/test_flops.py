@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from test_all_methods import few_images, small  # noqa: F401
 
+import train
 from ssl_jax import flops
 from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.models.resnet import ResNet
@@ -119,3 +121,13 @@ def test_the_peak_of_a_device(kind, dtype, tera):
 
 def test_words():
   assert [flops.in_words(x) for x in (3.2e12, 8.4e11, 5e6)] == ["3.2 TFLOP", "840 GFLOP", "0.005 GFLOP"]
+
+
+def test_a_step_costs_as_much_on_any_number_of_devices(mesh, monkeypatch):
+  costs = set()
+  for devices, shard_state, microbatch in ((1, False, None), (4, False, None), (4, True, None), (2, False, 4)):
+    config = small("quickstart")
+    config.parallel.shard_state, config.microbatch = shard_state, microbatch
+    monkeypatch.setattr(train.parallel, "make_mesh", lambda devices=devices: mesh(devices))
+    costs.add(train.make_plan(config).flops)
+  assert len(costs) == 1
