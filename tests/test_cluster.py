@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 from chaos import chaos
 from test_all_methods import METHODS
@@ -190,6 +192,25 @@ def test_a_workdir_that_is_not_shared_is_found_out(cache, tmp_path):
   each = [f"--workdir={tmp_path / 'here'}"], [f"--workdir={tmp_path / 'far' / 'there'}"]
   for status, text in outputs(launch(cache, tmp_path / "run", each=each)):
     assert status == 1 and "process 1 does not see what process 0 writes" in text and "Traceback" not in text, text
+
+
+@SLOW
+def test_folders_may_lie_elsewhere_but_must_hold_the_same(cache, tmp_path):
+  for i in range(32):
+    pixels = np.random.default_rng(i).integers(0, 256, (20 + i % 3, 20, 3), dtype=np.uint8)
+    file = tmp_path / "a" / ("val" if i % 4 == 0 else "train") / f"class{i % 2}" / f"{i}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(pixels).save(file)
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  each = [[f"--config.data.folder={tmp_path / name}"] for name in "ab"]
+  settings = {"data.split": "train", "data.test_split": "val", "data.channels": 3, "batch_size": 8, "steps": 6}
+  settings |= {"lr.warmup_epochs": 0.0, "knn.k": 3}
+  for stop in 2, 4:
+    found = outputs(launch(cache, tmp_path / "run", each=each, stop_after_steps=stop, **settings))
+    assert [status for status, _ in found] == [0, 0], found
+  shutil.rmtree(tmp_path / "b" / "val")
+  for status, text in outputs(launch(cache, tmp_path / "run", each=each, **settings)):
+    assert status == 1 and "data.test_split=" in text and "and data.test_split=none" in text, text
 
 
 @SLOW
