@@ -114,9 +114,9 @@ def batches(
     threads: that decode; 0 decodes in the caller's. In each worker, where there are workers.
     workers: processes that decode; 0: none. Outside of absl's `app.run` call `absl.flags.FLAGS.mark_as_parsed()` first.
     reduced: decode JPEGs at 1/2, 1/4 or 1/8 where no view's smallest crop then has fewer pixels than the view
-      (`least_pixels`). The crops show the same parts; on photographs they differ by 0.6 gray levels on average and 42
-      at most for SimCLR's views, by 0.4 (at 1/2) to 1.0 (at 1/4) and 50 at most for DINO's ten. None of 500x375 pixels
-      is reduced for views of 224.
+      (`least_pixels`). The crops show the same parts; on photographs they differ by 0.6 gray levels on average for
+      SimCLR's views, by 0.4 (at 1/2) to 1.0 (at 1/4) for DINO's ten, and on sharper pictures by 50 at most. None of
+      500x375 pixels is reduced for views of 224.
 
   Yields:
     {"image": tuple of uint8 [b, v, size, size, C], one a resolution, "index" int64 [b], "wanted" int64 [b]}. An image
