@@ -1,6 +1,6 @@
 """Chaos: two processes train while things happen to them, and the run must end as if nothing had happened.
 
-  python tests/chaos.py --rounds=25 --seed=0 --workdir=/tmp/chaos
+  python tests/chaos.py --rounds=25 --seed=0 --workdir=runs/chaos
 
 Each round strikes at a random instant, while the processes start, compile, train, evaluate or save; all of them must
 end within a bound, and the next start must go on from the newest checkpoint. After the last round the run goes on to
