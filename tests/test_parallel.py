@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import train
-from ssl_jax import optim, parallel
+from ssl_jax import checkpoint, optim, parallel
 from ssl_jax.augment import View
 from ssl_jax.methods.base import AXIS, Aux
 from ssl_jax.methods.simclr import simclr
@@ -68,6 +68,20 @@ def test_a_batch_is_split_into_contiguous_parts(mesh):
   batch = parallel.put_batch(mesh(4), {"image": x})["image"]
   parts = {shard.device.id: np.asarray(shard.data).ravel().tolist() for shard in batch.addressable_shards}
   assert parts == {device.id: [2 * i, 2 * i + 1] for i, device in enumerate(jax.devices()[:4])}
+
+
+def test_a_fingerprint_tells_any_changed_word_and_any_exchange_of_neighbours_wherever_the_parts_are(mesh):
+  x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+  tree = {"w": x, "n": np.int32(3), "flags": np.array([True, False])}
+  mark = int(checkpoint.fingerprint(tree))
+  for i in range(x.size):
+    changed = x.copy()
+    changed.view(np.uint32).flat[i] ^= 1 << (i % 32)
+    assert int(checkpoint.fingerprint({**tree, "w": changed})) != mark
+  assert int(checkpoint.fingerprint({**tree, "w": x[::-1].copy()})) != mark
+  assert int(checkpoint.fingerprint({**tree, "flags": np.array([False, True])})) != mark
+  split = jax.device_put(x, jax.NamedSharding(mesh(4), jax.P(None, AXIS)))
+  assert int(checkpoint.fingerprint({**tree, "w": split})) == mark
 
 
 def test_the_mesh_holds_every_device_on_the_axis_of_the_step():

@@ -262,6 +262,21 @@ def test_evaluation_visits_every_image_once_and_marks_what_it_cannot_read(thread
     assert_equal(pixels[i], stream.centre_crop(images.read(i), view))
 
 
+def test_the_processes_parts_of_an_evaluation_are_the_whole_in_order():
+  pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+  images = stream.InMemory(pixels, np.arange(10, dtype=np.int32))
+  whole = list(stream.evaluation_batches(images, EvaluationView(resize=8, size=8), 4, 0))
+  parts = [
+    list(stream.evaluation_batches(images, EvaluationView(resize=8, size=8), 4, 0, process_index=i, process_count=2))
+    for i in range(2)
+  ]
+  assert len(whole) == len(parts[0]) == len(parts[1]) == 3
+  for batch, *halves in zip(whole, *parts, strict=True):
+    for x, *y in zip(batch, *halves, strict=True):
+      np.testing.assert_array_equal(np.concatenate(y), x)
+  assert np.concatenate([keep for _, _, keep in whole]).sum() == 10  # what fills the last one up does not count
+
+
 # Folders.
 
 
