@@ -70,7 +70,7 @@ def test_a_batch_is_split_into_contiguous_parts(mesh):
   assert parts == {device.id: [2 * i, 2 * i + 1] for i, device in enumerate(jax.devices()[:4])}
 
 
-def test_a_fingerprint_tells_any_changed_word_and_any_exchange_of_neighbours_wherever_the_parts_are(mesh):
+def test_a_fingerprint_tells_any_changed_word_and_exchanges_of_words_wherever_the_parts_are(mesh):
   x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
   tree = {"w": x, "n": np.int32(3), "flags": np.array([True, False])}
   mark = int(checkpoint.fingerprint(tree))
@@ -79,6 +79,9 @@ def test_a_fingerprint_tells_any_changed_word_and_any_exchange_of_neighbours_whe
     changed.view(np.uint32).flat[i] ^= 1 << (i % 32)
     assert int(checkpoint.fingerprint({**tree, "w": changed})) != mark
   assert int(checkpoint.fingerprint({**tree, "w": x[::-1].copy()})) != mark
+  exchanged = x.copy()
+  exchanged[0, 1], exchanged[1, 0] = x[1, 0], x[0, 1]
+  assert int(checkpoint.fingerprint({**tree, "w": exchanged})) != mark
   assert int(checkpoint.fingerprint({**tree, "flags": np.array([False, True])})) != mark
   split = jax.device_put(x, jax.NamedSharding(mesh(4), jax.P(None, AXIS)))
   assert int(checkpoint.fingerprint({**tree, "w": split})) == mark
