@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
-import PIL.Image
 
 from ssl_jax.augment import EvaluationView, View, by_resolution
 from ssl_jax.data.dataset import Dataset, batch_indices
 from ssl_jax.data.image import MAX_PIXELS, ImageError
+from ssl_jax.data.resize import resized_crop
 from ssl_jax.errors import UserError
 
 _SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
@@ -243,13 +243,12 @@ def cut_views(
   """
   size = size or pixels.shape[:2]
   parts = -(-size[0] // pixels.shape[0])  # A pixel is of parts x parts of them; the last may be of fewer.
-  planes = _planes(pixels)
   crops = []
   for i, view in enumerate(views):
     rng = np.random.default_rng((*entropy, i))
     top, left, h, w = crop_box(rng, size, view.scale, view.ratio)
-    box = tuple(x / parts for x in (left, top, left + w, top + h))
-    crops.append(_resized(planes, box, (view.size, view.size), view.interpolation))
+    box = top / parts, left / parts, h / parts, w / parts
+    crops.append(resized_crop(pixels, box, (view.size, view.size), view.interpolation))
   return tuple(np.stack([crops[i] for i in indices]) for indices in by_resolution(views).values())
 
 
@@ -273,23 +272,6 @@ def centre_crop(pixels: np.ndarray, view: EvaluationView) -> np.ndarray:
   size = view.resize * height // short, view.resize * width // short
   if size[0] * size[1] > MAX_PIXELS:
     raise ImageError(f"too long: {width}x{height} pixels")
-  resized = _resized(_planes(pixels), (0, 0, width, height), size, view.interpolation)
+  resized = resized_crop(pixels, (0, 0, height, width), size, view.interpolation)
   top, left = (round((s - view.size) / 2) for s in size)
   return resized[top : top + view.size, left : left + view.size]
-
-
-def _planes(pixels):
-  """Pillow images that make up [H, W, C]: one of 1 or 3 channels, or one a channel."""
-  if pixels.shape[2] == 3:
-    return [PIL.Image.fromarray(pixels)]
-  return [PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]
-
-
-def _resized(planes, box, size, interpolation):
-  """Crops, then resizes to (height, width): Pillow's own `resize(box=)` would read across the box's edge."""
-  resample = PIL.Image.Resampling[interpolation.upper()]
-  left, top, right, bottom = box
-  outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-  inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]  # of a reduced image: fractions
-  done = [np.asarray(plane.crop(outer).resize(size[::-1], resample, inner)) for plane in planes]
-  return done[0] if done[0].ndim == 3 else np.stack(done, axis=-1)
