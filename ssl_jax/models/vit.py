@@ -13,8 +13,10 @@ from jax import lax
 
 from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.models.heads import torch_bias, torch_uniform
+from ssl_jax.models.linear import dot_general
 
 normal_02 = nn.initializers.normal(0.02)
+Dense = functools.partial(nn.Dense, dot_general=dot_general)
 
 # Computed again in the backward pass, from inputs that are kept anyway: what they would keep besides was a third of a
 # training step's memory, and writing and reading it back took longer than these few operations.
@@ -204,8 +206,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, weights_only=False):
     dim = x.shape[-1]
-    qkv = nn.Dense(3 * dim, kernel_init=self.qkv_init, dtype=self.dtype, name="qkv")(x)
-    q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    qkv = Dense(3 * dim, kernel_init=self.qkv_init, dtype=self.dtype, name="qkv")(x)
+    q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=self.heads) for x in jnp.split(qkv, 3, axis=-1))
     if weights_only:
       scores = jnp.einsum("bqhd,bkhd->bhqk", _wide(q), _wide(k)) / math.sqrt(dim // self.heads)
       return jax.nn.softmax(scores)
@@ -213,7 +215,7 @@ class Attention(nn.Module):
     fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
     out = rearrange(out, "b n h d -> b n (h d)")
-    return nn.Dense(dim, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out)
+    return Dense(dim, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out)
 
   def weights(self, x):
     return self(x, weights_only=True)
@@ -229,7 +231,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     dim = x.shape[-1]
-    dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
+    dense = functools.partial(Dense, kernel_init=self.kernel_init, dtype=self.dtype)
     return dense(dim, name="fc2")(gelu(dense(int(dim * self.ratio), name="fc1")(x)))
 
 
