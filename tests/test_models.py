@@ -248,6 +248,16 @@ def test_groups_are_normalised_apart_and_their_statistics_averaged():
     apply_norm(BatchNorm(group_size=4), v, x)
 
 
+def test_one_group_has_no_axis_of_its_own():
+  def loss(v, x, **settings):
+    return jnp.sum(jnp.sin(apply_norm(BatchNorm(**settings), v, x)[0]))
+
+  v, x = norm_variables(3), jnp.ones((6, 4, 3))
+  text = [str(jax.make_jaxpr(jax.grad(functools.partial(loss, **s)))(v, x)) for s in ({}, dict(group_size=6))]
+  assert not any("[1,24,3]" in program for program in text)
+  assert "[2,12,3]" in str(jax.make_jaxpr(jax.grad(functools.partial(loss, group_size=3)))(v, x))
+
+
 def test_synchronised_variance_is_of_the_whole_batch_not_a_mean_of_variances():
   x = np.array([[[0.0], [0.0]], [[2.0], [2.0]]], np.float32)  # two devices, each constant
   one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
