@@ -39,7 +39,8 @@ def _backward(saved, g):
   dx = _contract(g, kernel, (g.ndim - 1,), (1,))
   if x.shape[-1] < g.shape[-1]:
     return dx, _contract(x, g, rows, rows)
-  return dx, _contract(g, x, rows, rows).T
+  # Without the barrier XLA would turn this into the other product again.
+  return dx, lax.optimization_barrier(_contract(g, x, rows, rows)).T
 
 
 _linear.defvjp(_forward, _backward)
