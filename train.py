@@ -26,7 +26,7 @@ from ml_collections import config_flags
 
 from ssl_jax import augment, checkpoint, cluster, data, evaluate, flops, methods, metrics, optim, parallel
 from ssl_jax import config as configs
-from ssl_jax.cli import run, say
+from ssl_jax.cli import large_pages_hint, run, say
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import AXIS, Method
 
@@ -285,7 +285,9 @@ def describe(config, plan: Plan) -> list[str]:
   ]
   if config.data.channels not in (1, 3):
     lines.append(f"images of {config.data.channels} channels: colour jitter and grayscale are left out")
-  return lines if plan.test_set else [*lines, "no labels or no test split: the online k-NN is off"]
+  if not plan.test_set:
+    lines.append("no labels or no test split: the online k-NN is off")
+  return [*lines, hint] if (hint := large_pages_hint()) else lines
 
 
 def evaluation(config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, train: TrainState, step: int) -> None:

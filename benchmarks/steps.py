@@ -1,16 +1,19 @@
 """Training steps on a CPU: images a second, ours against the same model, heads and loss in PyTorch.
 
   pip install -r requirements.txt -r requirements-bench.txt
-  PYTHONPATH=. taskset -c 0 python benchmarks/steps.py --json=steps.json
+  PYTHONPATH=. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 taskset -c 0 python benchmarks/steps.py --json=steps.json
 
 One step is: the views' forward passes, loss, backward pass, optimizer, and the slow network's average where there is
 one. The views are drawn already; --augment times ours once more with `augment.make_views` inside. Both sides are
 float32, with equal shapes and numbers of parameters. Backbones are torchvision's and timm's, losses and heads lightly's
-where it has the same. PyTorch runs as it is and, ResNets, in channels-last too: the faster one counts.
+where it has the same. PyTorch runs as it is and, ResNets, in channels-last too: the faster one counts. The variable
+lets both sides have large pages (README, "Your own runs"); without it ours, which takes a step's memory anew each time,
+waits for the kernel to clear it in pieces of 4 KiB.
 """
 
 import copy
 import functools
+import os
 
 import common
 import jax
@@ -274,6 +277,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   common.introduce()
+  print(f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
   print("images per CPU second; augmented: ours with the augmentation")
   print(
     f"{'':>23} {'batch':>5} {'parameters':>10} {'ours':>7} {'PyTorch':>7} {'ratio':>6} {'layout':>13} {'augmented':>9}"

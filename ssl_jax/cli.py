@@ -1,8 +1,9 @@
-"""What the commands share: mistakes in one line, flags, the compilation cache."""
+"""What the commands share: mistakes and hints in one line, flags, the compilation cache."""
 
 import glob
 import os
 import pathlib
+import platform
 import re
 import runpy
 import signal
@@ -16,11 +17,28 @@ from ssl_jax import cluster
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 
+_LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 
 def say(line: str) -> None:
   """One line on standard output, at once, so that a log file is as alive as a terminal; from one of the processes."""
   if cluster.is_main():
     print(line, flush=True)
+
+
+def large_pages_hint() -> str | None:
+  """How a CPU run gets large pages where Linux gives them only to programs that ask; None: it has them, or cannot.
+
+  XLA takes a step's temporaries anew for each step, and the kernel has to clear them first. glibc (2.35 on) asks for
+  pages of 2 MiB if an environment variable says so when the program starts.
+  """
+  glibc, version = platform.libc_ver()
+  able = glibc == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+  if not able or jax.default_backend() != "cpu" or "glibc.malloc.hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+    return None
+  if not _LARGE_PAGES.exists() or "[madvise]" not in _LARGE_PAGES.read_text():
+    return None
+  return "1.1 to 1.4 times as fast on a CPU with large pages: set GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
 
 
 def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False) -> None:
