@@ -24,9 +24,9 @@ from absl import flags
 from jax import lax
 from ml_collections import config_flags
 
-from ssl_jax import augment, checkpoint, cluster, data, evaluate, flops, methods, metrics, optim, parallel
+from ssl_jax import augment, checkpoint, cluster, data, evaluate, flops, methods, metrics, optim, parallel, report
 from ssl_jax import config as configs
-from ssl_jax.cli import large_pages_hint, run, say
+from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import AXIS, Method
 
@@ -206,7 +206,7 @@ def main(config, workdir: pathlib.Path) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     write_whole(workdir / "config.json", json.dumps(configs.to_json(config), indent=2) + "\n")
     write_whole(workdir / "files.txt", plan.train_set.fingerprint)
-  for line in describe(config, plan):
+  for line in report.describe(config, plan):
     say(line)
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
 
@@ -231,7 +231,7 @@ def main(config, workdir: pathlib.Path) -> int:
       if len(waiting) > 1:  # Not further ahead than that: batches would pile up in the device's memory.
         jax.block_until_ready(waiting[-2][1])
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
-        report(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
+        write_rows(config, plan, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
       waiting.append((step, row))
       if step == start + 1:
         jax.block_until_ready(train)
@@ -241,7 +241,9 @@ def main(config, workdir: pathlib.Path) -> int:
       ends = step == plan.last_step or stopping()
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
-        report(config, plan, writer, clock, waiting, train)  # First, so that no row is lost and nothing bad is saved.
+        write_rows(
+          config, plan, writer, clock, waiting, train
+        )  # First, so that no row is lost and nothing bad is saved.
         if evaluates:
           evaluation(config, plan, writer, train, step)
           draw_pictures(config, plan, writer, train, step, workdir)
@@ -257,37 +259,12 @@ def main(config, workdir: pathlib.Path) -> int:
     return 143
   if not cluster.is_main():
     return 0
-  for line in summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
+  for line in report.summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
     say(line)
   for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures"):
     if (workdir / name).exists():
       say(f"wrote {workdir / name}")
   return 0
-
-
-def describe(config, plan: Plan) -> list[str]:
-  """What the user sees first."""
-  params = plan.state.params
-  encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
-  images, name = plan.train_set.images, f"{plan.train_set.name} {plan.train_set.split}"
-  kind = "streamed" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
-  lines = [
-    f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
-    f"data: {name}, {len(images):,} images {kind}",
-    f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
-    f"state: {parallel.bytes_a_device(plan.state) / 2**20:,.1f} MiB a device"
-    f"{', sharded' if config.parallel.shard_state else ''}",
-    f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
-    f"{flops.in_words(plan.flops)} a step" + (f" of the devices' {flops.in_words(plan.peak)}/s" if plan.peak else ""),
-    f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak_learning_rate(config):g}, "
-    f"end {config.lr.end:g}",
-    f"loss at chance: {plan.chance:.4f}",
-  ]
-  if config.data.channels not in (1, 3):
-    lines.append(f"images of {config.data.channels} channels: colour jitter and grayscale are left out")
-  if not plan.test_set:
-    lines.append("no labels or no test split: the online k-NN is off")
-  return [*lines, hint] if (hint := large_pages_hint()) else lines
 
 
 def evaluation(config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, train: TrainState, step: int) -> None:
@@ -320,13 +297,13 @@ def draw_pictures(
   writer.show("pictures", metrics.draw_pictures(path, drawn, f"{config.method.name}, step {step}"), step)
 
 
-def report(
+def write_rows(
   config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, clock: metrics.Clock, waiting: list, train: TrainState
 ) -> None:
   """Looks at all waiting steps, writes the rows that are due, and empties the list."""
   for step, values in jax.device_get(waiting):
     if not all(np.isfinite(value) for value in values.values()):
-      raise UserError(describe_nonfinite(step, values, train))
+      raise UserError(report.nonfinite(step, values, train._asdict()))
     if step % config.log_every_steps and step != plan.last_step:
       continue
     rate = clock.images_per_second(step)
@@ -336,13 +313,7 @@ def report(
     if plan.peak:
       row["mfu"] = plan.flops * rate / config.batch_size / plan.peak  # model FLOP utilisation
     writer.write(row)
-    used = f", MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
-    waits = f", {100 * clock.share:.0f} % of the time for input" if clock.share > 0.05 else ""
-    left = metrics.format_duration((plan.last_step - step) * config.batch_size / rate)
-    say(
-      f"step {step}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {plan.chance:.2f})  "
-      f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{used}{waits}  {left} left"
-    )
+    say(report.progress(config, plan, row))
     if warning := metrics.collapse_warning(row):
       say(f"warning: {warning}")
   waiting.clear()
@@ -351,10 +322,6 @@ def report(
 def make_writer(workdir: pathlib.Path, step: int) -> metrics.Writer | metrics.NoWriter:
   """One of the processes writes."""
   return metrics.Writer(workdir, step) if cluster.is_main() else metrics.NoWriter()
-
-
-def peak_learning_rate(config) -> float:
-  return optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
 
 
 def load(config, split: str) -> data.Dataset:
@@ -413,32 +380,6 @@ def check_resumable(config, plan: Plan, workdir: pathlib.Path) -> None:
       f"the images are not those that this run began with: {then} then, now {now}. "
       "Put the folder back as it was, or take another --workdir."
     )
-
-
-def describe_nonfinite(step: int, values: dict, train: TrainState) -> str:
-  """What went wrong, from a step's metrics and the state, which that step left as it was."""
-  bad = ", ".join(name for name, value in values.items() if not np.isfinite(value))
-  leaf = metrics.nonfinite_leaf(train._asdict())
-  cause = f"the first array that is not finite is {leaf}" if leaf else "the state is finite, so the gradient is not"
-  return f"step {step} is not finite ({bad}): {cause}. The last checkpoint is untouched. A lower lr.base often helps."
-
-
-def summary(config, rows: list[dict]) -> list[str]:
-  """What the encoder is worth, beside its untrained self and the pixels."""
-  scored = [row for row in rows if "knn_top1" in row]
-  if not scored:
-    return []
-  first, last = scored[0], scored[-1]
-  figures = {
-    "encoder": last["knn_top1"],
-    "encoder, untrained": first["knn_top1"],
-    "raw pixels": first.get("pixels_top1"),
-    "pixels, centred": first.get("pixels_centred_top1"),
-    "pixels, standardised": first.get("pixels_standardised_top1"),
-  }
-  figures = {name: value for name, value in figures.items() if value is not None}  # large images have no pixel lines
-  title = f"k-NN top-1 (cosine, k={config.knn.k}, T={config.knn.temperature:g}) on {config.data.test_split}:"
-  return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items())]
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

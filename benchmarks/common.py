@@ -57,17 +57,17 @@ def write_json(args: argparse.Namespace, rows: list[dict]) -> None:
     pathlib.Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def take_turns(sides: dict, repeats: int) -> dict[str, float]:
-  """Median CPU seconds of each function, which does all of its work before it returns.
+def take_turns(sides: dict, repeats: int, warm: int = 1) -> dict[str, float]:
+  """Median CPU seconds of each function, which does all of its work before it returns; `warm` calls do not count.
 
   CPU time, not the clock's: it is nearly that of a quiet machine where other work takes its turns.
   """
   taken: dict[str, list[float]] = {name: [] for name in sides}
-  for i in range(repeats + 1):
+  for i in range(warm + repeats):
     for name, call in sides.items():
       start = time.process_time()
       call()
-      if i:  # the first call warms up
+      if i >= warm:
         taken[name].append(time.process_time() - start)
   return {name: statistics.median(seconds) for name, seconds in taken.items()}
 

@@ -1,14 +1,16 @@
 """Training steps on a CPU: images a second, ours against the same model, heads and loss in PyTorch.
 
   pip install -r requirements.txt -r requirements-bench.txt
-  PYTHONPATH=. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 taskset -c 0 python benchmarks/steps.py --json=steps.json
+  export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
+  PYTHONPATH=. taskset -c 0 python benchmarks/steps.py --json=steps.json
 
 One step is: the views' forward passes, loss, backward pass, optimizer, and the slow network's average where there is
 one. The views are drawn already; --augment times ours once more with `augment.make_views` inside. Both sides are
 float32, with equal shapes and numbers of parameters. Backbones are torchvision's and timm's, losses and heads lightly's
-where it has the same. PyTorch runs as it is and, ResNets, in channels-last too: the faster one counts. The variable
-lets both sides have large pages (README, "Your own runs"); without it ours, which takes a step's memory anew each time,
-waits for the kernel to clear it in pieces of 4 KiB.
+where it has the same. PyTorch runs as it is and, ResNets, in channels-last too: the faster one counts.
+
+The variables let glibc keep what either side frees. Without them XLA, which takes a step's memory anew each time, waits
+for the kernel to clear it: a sixth of the time, and any amount on a virtual machine whose host takes freed memory back.
 """
 
 import copy
@@ -274,10 +276,11 @@ def main():
   parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
   parser.add_argument("--augment", action="store_true", help="ours once more, with the augmentation")
   parser.add_argument("--batch", type=int, help="in place of the cases' own")
-  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
   common.introduce()
-  print(f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
+  kept = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+  print(f"glibc: {kept or 'as it is'}")
   print("images per CPU second; augmented: ours with the augmentation")
   print(
     f"{'':>23} {'batch':>5} {'parameters':>10} {'ours':>7} {'PyTorch':>7} {'ratio':>6} {'layout':>13} {'augmented':>9}"
@@ -295,12 +298,14 @@ def main():
       calls[layout], peer_count = torch_step(*shape, layout == "channels_last")
       if peer_count != count:
         print(f"{case}: ours has {count:,} parameters, the peer {peer_count:,}")
-    rate = {side: batch / seconds for side, seconds in common.take_turns(calls, args.repeats).items()}
+    rate = {side: batch / seconds for side, seconds in common.take_turns(calls, args.repeats, warm=4).items()}
     layout = max((side for side in rate if side in ("contiguous", "channels_last")), key=rate.get)
     line = f"{case:>23} {batch:>5} {count:>10,} {rate['ours']:>7.2f} {rate[layout]:>7.2f}"
     augmented = f"{rate['augmented']:>9.2f}" if args.augment else ""
     print(f"{line} {rate['ours'] / rate[layout]:>6.2f} {layout:>13} {augmented}", flush=True)
-    rows.append(dict(case=case, batch=batch, parameters=count, peer_parameters=peer_count, images_per_second=rate))
+    rows.append(
+      dict(case=case, batch=batch, glibc=kept, parameters=count, peer_parameters=peer_count, images_per_second=rate)
+    )
   common.write_json(args, rows)
 
 

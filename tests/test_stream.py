@@ -13,7 +13,7 @@ from test_augment import kolmogorov_smirnov
 from test_train import small_config
 
 import train
-from ssl_jax import augment, data, evaluate, metrics, parallel
+from ssl_jax import augment, data, evaluate, metrics, parallel, report
 from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import check, folder, stream
@@ -336,7 +336,7 @@ def test_images_of_other_channels_take_what_is_defined_for_them(tmp_path):
   config = small_config(**{"data.folder": str(tmp_path), "data.split": "train", "data.channels": 2, "batch_size": 8})
   config.steps, config.stop_after_steps = 9, 2
   plan = train.make_plan(config)
-  assert "2 channels: colour jitter and grayscale are left out" in "".join(train.describe(config, plan))
+  assert "2 channels: colour jitter and grayscale are left out" in "".join(report.describe(config, plan))
   assert plan.state.params["encoder"]["conv1"]["kernel"].shape[2] == 2
   batch = next(train.read_batches(config, plan, 0, tmp_path / "skipped.txt"))
   assert batch["image"][0].shape == (8, 2, 28, 28, 2)

@@ -52,7 +52,7 @@ def test_the_utilisation_is_told_where_the_peak_is_known(peak, monkeypatch):
   plan = types.SimpleNamespace(flops=2e9, peak=peak, **numbers)
   clock = types.SimpleNamespace(images_per_second=lambda step: 164.0, share=0.0)
   row = {"loss": 1.0, "feature_std": 1.0, "effective_rank": 9.0}
-  train.report(config, plan, types.SimpleNamespace(write=written.append), clock, [(3, row)], None)
+  train.write_rows(config, plan, types.SimpleNamespace(write=written.append), clock, [(3, row)], None)
   assert ("MFU 41 %" in said[0], written[0].get("mfu")) == (bool(peak), peak and 0.41)
 
 

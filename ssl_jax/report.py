@@ -1,0 +1,72 @@
+"""What a run tells people: what it is, how far it is, what it was worth, what went wrong. `plan` is train.py's Plan."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssl_jax import flops, metrics, optim, parallel
+from ssl_jax.cli import large_pages_hint
+
+
+def describe(config, plan: Any) -> list[str]:
+  """What the user sees first."""
+  params = plan.state.params
+  encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
+  images, name = plan.train_set.images, f"{plan.train_set.name} {plan.train_set.split}"
+  kind = "streamed" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
+  peak = optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
+  lines = [
+    f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
+    f"data: {name}, {len(images):,} images {kind}",
+    f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
+    f"state: {parallel.bytes_a_device(plan.state) / 2**20:,.1f} MiB a device"
+    f"{', sharded' if config.parallel.shard_state else ''}",
+    f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
+    f"{flops.in_words(plan.flops)} a step" + (f" of the devices' {flops.in_words(plan.peak)}/s" if plan.peak else ""),
+    f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak:g}, end {config.lr.end:g}",
+    f"loss at chance: {plan.chance:.4f}",
+  ]
+  if config.data.channels not in (1, 3):
+    lines.append(f"images of {config.data.channels} channels: colour jitter and grayscale are left out")
+  if not plan.test_set:
+    lines.append("no labels or no test split: the online k-NN is off")
+  return [*lines, hint] if (hint := large_pages_hint()) else lines
+
+
+def progress(config, plan: Any, row: dict) -> str:
+  """The line of a step that is logged."""
+  rate, share = row["images_per_second"], row["input_share"]
+  used = f", MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
+  waits = f", {100 * share:.0f} % of the time for input" if share > 0.05 else ""
+  left = metrics.format_duration((plan.last_step - row["step"]) * config.batch_size / rate)
+  return (
+    f"step {row['step']}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {plan.chance:.2f})  "
+    f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{used}{waits}  {left} left"
+  )
+
+
+def summary(config, rows: list[dict]) -> list[str]:
+  """What the encoder is worth, beside its untrained self and the pixels."""
+  scored = [row for row in rows if "knn_top1" in row]
+  if not scored:
+    return []
+  first, last = scored[0], scored[-1]
+  figures = {
+    "encoder": last["knn_top1"],
+    "encoder, untrained": first["knn_top1"],
+    "raw pixels": first.get("pixels_top1"),
+    "pixels, centred": first.get("pixels_centred_top1"),
+    "pixels, standardised": first.get("pixels_standardised_top1"),
+  }
+  figures = {name: value for name, value in figures.items() if value is not None}  # large images have no pixel lines
+  title = f"k-NN top-1 (cosine, k={config.knn.k}, T={config.knn.temperature:g}) on {config.data.test_split}:"
+  return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items())]
+
+
+def nonfinite(step: int, values: dict, state: dict) -> str:
+  """What went wrong, from a step's metrics and the state, which that step left as it was."""
+  bad = ", ".join(name for name, value in values.items() if not np.isfinite(value))
+  leaf = metrics.nonfinite_leaf(state)
+  cause = f"the first array that is not finite is {leaf}" if leaf else "the state is finite, so the gradient is not"
+  return f"step {step} is not finite ({bad}): {cause}. The last checkpoint is untouched. A lower lr.base often helps."
