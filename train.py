@@ -259,7 +259,7 @@ def main(config, workdir: pathlib.Path) -> int:
     return 0
   for line in summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
     say(line)
-  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures"):
+  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures", "skipped.txt"):
     if (workdir / name).exists():
       say(f"wrote {workdir / name}")
   return 0
@@ -270,7 +270,9 @@ def describe(config, plan: Plan) -> list[str]:
   params = plan.state.params
   encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
   images, name = plan.train_set.images, f"{plan.train_set.name} {plan.train_set.split}"
-  kind = "streamed" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
+  channels = config.data.channels
+  of_channels = f"{channels} channel{'s' if channels > 1 else ''}"
+  kind = f"streamed, {of_channels}" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
   lines = [
     f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
     f"data: {name}, {len(images):,} images {kind}",
@@ -283,10 +285,14 @@ def describe(config, plan: Plan) -> list[str]:
     f"end {config.lr.end:g}",
     f"loss at chance: {plan.chance:.4f}",
   ]
-  if config.data.channels not in (1, 3):
-    lines.append(f"images of {config.data.channels} channels: colour jitter and grayscale are left out")
+  if channels not in (1, 3):
+    lines.append(f"images of {channels} channels: colour jitter and grayscale are left out")
   if not plan.test_set:
-    lines.append("no labels or no test split: the online k-NN is off")
+    labelled = plan.train_set.is_labelled
+    missing = f"data.test_split={config.data.test_split!r} names no labelled images" if labelled else "no labels"
+    lines.append(f"{missing}: the online k-NN is off")
+  elif plan.bank and config.knn.k > len(plan.bank.images):
+    lines.append(f"knn.k={config.knn.k} is more than the {len(plan.bank.images)} images of the bank: all of them vote")
   return [*lines, hint] if (hint := large_pages_hint()) else lines
 
 
@@ -296,8 +302,8 @@ def evaluation(config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, tr
     return
   bank, queries = plan.bank, plan.test_set
   variables = plan.method.encoder(train.params, train.state)
-  settings = dict(k=config.knn.k, temperature=config.knn.temperature)
   found = [*plan.extractor(variables, bank), *plan.extractor(variables, queries)]
+  settings = dict(k=min(config.knn.k, len(found[0])), temperature=config.knn.temperature)
   scores = evaluate.knn_accuracy(*found, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
   if step == 0 and cluster.is_main() and not bank.is_streamed and bank.images.shape[1:] == queries.images.shape[1:]:
