@@ -54,10 +54,15 @@ def main() -> int:
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
   query_features, labels = (bank_features, bank_labels) if same else extractor(restored.variables, queries)
   exclude = np.arange(len(bank_features)) if same else None
+  for role, x, features in (("bank", bank, bank_features), ("queries", queries, query_features)):
+    if left_out := len(x.images) - len(features):
+      say(f"{left_out:,} of the {role} cannot be read or {'has' if left_out == 1 else 'have'} no label: left out")
 
   figures: dict[str, float | int] = {"step": restored.step}
   for k in ks:
-    settings = dict(k=k, temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
+    if k > len(bank_features):
+      say(f"k={k} is more than the {len(bank_features):,} images of the bank: all of them vote")
+    settings = dict(k=min(k, len(bank_features)), temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
     score = evaluate.knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}

@@ -261,7 +261,7 @@ def main(config, workdir: pathlib.Path) -> int:
     return 0
   for line in report.summary(config, metrics.read_rows(workdir / "metrics.jsonl")):
     say(line)
-  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures"):
+  for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.json", "curves.png", "pictures", "skipped.txt"):
     if (workdir / name).exists():
       say(f"wrote {workdir / name}")
   return 0
@@ -273,8 +273,8 @@ def evaluation(config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, tr
     return
   bank, queries = plan.bank, plan.test_set
   variables = plan.method.encoder(train.params, train.state)
-  settings = dict(k=config.knn.k, temperature=config.knn.temperature)
   found = [*plan.extractor(variables, bank), *plan.extractor(variables, queries)]
+  settings = dict(k=min(config.knn.k, len(found[0])), temperature=config.knn.temperature)
   scores = evaluate.knn_accuracy(*found, mesh=plan.mesh, **settings)
   row = {"step": step, "epoch": step / plan.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
   if step == 0 and cluster.is_main() and not bank.is_streamed and bank.images.shape[1:] == queries.images.shape[1:]:

@@ -164,7 +164,7 @@ def draw_curves(workdir: pathlib.Path, chance: float, title: str) -> None:
   rows = read_rows(workdir / "metrics.jsonl")
   losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
   if losses:
-    left.plot(*np.array(losses).T, label="loss")
+    left.plot(*np.array(losses).T, marker=None if len(losses) > 1 else "o", label="loss")  # One point has no line.
   left.axhline(chance, color="gray", linestyle=":", label="chance")
   left.set(xlabel="step", ylabel="loss")
   left.legend()

@@ -14,7 +14,9 @@ def describe(config, plan: Any) -> list[str]:
   params = plan.state.params
   encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
   images, name = plan.train_set.images, f"{plan.train_set.name} {plan.train_set.split}"
-  kind = "streamed" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
+  channels = config.data.channels
+  of_channels = f"{channels} channel{'s' if channels > 1 else ''}"
+  kind = f"streamed, {of_channels}" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
   peak = optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
   lines = [
     f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
@@ -27,10 +29,14 @@ def describe(config, plan: Any) -> list[str]:
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak:g}, end {config.lr.end:g}",
     f"loss at chance: {plan.chance:.4f}",
   ]
-  if config.data.channels not in (1, 3):
-    lines.append(f"images of {config.data.channels} channels: colour jitter and grayscale are left out")
+  if channels not in (1, 3):
+    lines.append(f"images of {channels} channels: colour jitter and grayscale are left out")
   if not plan.test_set:
-    lines.append("no labels or no test split: the online k-NN is off")
+    labelled = plan.train_set.is_labelled
+    missing = f"data.test_split={config.data.test_split!r} names no labelled images" if labelled else "no labels"
+    lines.append(f"{missing}: the online k-NN is off")
+  elif plan.bank and config.knn.k > len(plan.bank.images):
+    lines.append(f"knn.k={config.knn.k} is more than the {len(plan.bank.images)} images of the bank: all of them vote")
   return [*lines, hint] if (hint := large_pages_hint()) else lines
 
 

@@ -5,9 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
-from ssl_jax.metrics import collapse_warning, monitors
+from ssl_jax.metrics import collapse_warning, draw_curves, monitors
 
 measure = jax.jit(monitors)
 
@@ -150,3 +151,12 @@ def test_the_monitors_of_collapsed_embeddings_raise_the_warning(collapse, said):
   z = np.broadcast_to(along * direction, (64, 2, 32)) + 1e-3 * draw(64, 32, seed=2)
   row = {name: float(value) for name, value in measure(z.astype(np.float32)).items()}
   assert said in collapse_warning({"step": 1} | row)
+
+
+def test_a_single_logged_step_is_seen_in_the_curves(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.5}\n')
+  draw_curves(tmp_path, 2.0, "title")
+  pixels = np.asarray(PIL.Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+  blue = np.all(np.abs(pixels - (31, 119, 180)) < 9, axis=-1)  # the first colour of a plot
+  middle = blue.shape[1] // 4  # of the left half; the legend is at a side
+  assert blue[:, middle - 30 : middle + 90].any()

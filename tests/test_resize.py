@@ -159,6 +159,24 @@ def test_a_full_disk_is_no_matter(monkeypatch):
   assert failed
 
 
+@pytest.mark.parametrize("ending, size", [("nbi", 0), ("nbi", 100), ("nbc", 0), ("nbc", 1000)])
+def test_a_damaged_kept_kernel_is_compiled_again_and_kept(tmp_path, monkeypatch, ending, size):
+  def black(pixels, c, top, left, bottom, right, height, width, cubic):
+    return np.zeros((height, width * c), np.uint8)
+
+  monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+  arguments = PIXELS, (0, 0, 9, 9), (5, 5), "bilinear"
+  kernels = [resize._kept(black) for _ in range(3)]
+  for kernel in kernels:
+    monkeypatch.setattr(resize, "_resized", kernel)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      assert all(x.shape == (5, 5, 3) for x in pool.map(lambda _: resized_crop(*arguments), range(8)))
+    if kernel is kernels[0]:
+      for path in tmp_path.rglob(f"*.{ending}"):
+        path.write_bytes(path.read_bytes()[:size])
+  assert [bool(kernel.stats.cache_hits) for kernel in kernels] == [False, False, True]
+
+
 PIXELS = np.zeros((20, 30, 3), np.uint8)
 
 

@@ -46,6 +46,12 @@ def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, 
   assert sizes == [[originals[0].shape, (16, 16, c), (8, 8, c), (16, 16, c)]]
 
 
+def test_a_folder_of_fewer_images_than_a_batch_is_shown(photographs):  # noqa: F811
+  config = folder_config(photographs, batch_size=512)
+  originals, drawn = show.first_views(config, train.load(config, "train"), 6)
+  assert len(originals) == 6 and all(len(view) == 6 for view in drawn)
+
+
 def test_a_caption_says_what_the_recipe_does():
   view = augment.View(size=32, jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.2)
   text = "view 2: 32 px\ncrop 0.08-1 of the area\nflip 50 %\njitter 0.4 0.4 0.2 0.1 80 %"

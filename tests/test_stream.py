@@ -1,5 +1,6 @@
 """Images that are read one by one: order, crops, what cannot be read, and a whole run on a folder of photographs."""
 
+import gc
 import os
 import pathlib
 
@@ -9,9 +10,11 @@ import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from test_augment import kolmogorov_smirnov
 from test_train import small_config
 
+import eval_knn
 import train
 from ssl_jax import augment, data, evaluate, metrics, parallel, report
 from ssl_jax import config as configs
@@ -68,6 +71,22 @@ def test_batches_depend_on_seed_and_step_alone_however_they_are_read_and_whereve
   order = np.concatenate([batch["index"] for batch in want])
   for epoch in range(3):  # three batches of four an epoch, of thirteen
     assert len(set(order[12 * epoch : 12 * (epoch + 1)].tolist())) == 12
+
+
+@pytest.mark.parametrize("taken", [3, 9])
+def test_nothing_holds_the_shared_memory_of_workers_after_the_last_batch(taken):
+  gc.collect()
+  gc.disable()  # Python would warn of what is held in a cycle when it ends.
+  try:
+    batches = stream.batches(Noise(13), VIEWS, batch_size=4, seed=3, start=0, stop=9, threads=1, workers=2)
+    for _ in range(taken):
+      batch = next(batches)
+    assert type(batch["index"]).__name__ == "SharedMemoryArray"
+    batches.close()
+    del batch
+    assert not [x for x in gc.get_objects() if type(x).__name__ == "SharedMemoryArray"]
+  finally:
+    gc.enable()
 
 
 def test_processes_share_a_batch_in_order():
@@ -355,6 +374,7 @@ def test_check_counts_names_and_measures(tmp_path, capsys):
   assert check.main([str(tmp_path), "--strict"]) == 0
   out = capsys.readouterr().out
   assert "2 images, 0 skipped\n" in out and "1 sizes, width x height: 6x4 (2)" in out
+  assert "left out" not in out and "smallest" not in out
   assert "mean (0.5000, 0.2000, 1.0000), std (0.5000, 0.0000, 0.0000)" in out
   for name in ("empty.jpg", "none.gif"):
     (tmp_path / name).touch()
@@ -364,6 +384,23 @@ def test_check_counts_names_and_measures(tmp_path, capsys):
   assert report.read_text() == "empty.jpg\tempty file\nnone.gif\tempty file\n"
   with pytest.raises(SystemExit):
     check.main([str(tmp_path / "nothing")])
+
+
+def test_check_tells_the_range_of_sizes_what_is_left_out_and_where_all_names_are(tmp_path, capsys):
+  for i, size in enumerate([(30, 20), (7, 9), (50, 40)]):
+    photograph(tmp_path / f"{i}.png", i, size)
+  for name in ("IMG_1.HEIC", "b/IMG_2.heic", "IMG_3", ".DS_Store", *(f"{i}.jpg" for i in range(3))):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  assert check.main([str(tmp_path)]) == 0
+  out = capsys.readouterr().out
+  assert "the smallest is 7x9, the largest 50x40\n" in out
+  assert "left out by their names: .heic (2), no ending (1)\n" in out
+  assert "--report" not in out  # All three names are there.
+  (tmp_path / "3.jpg").touch()
+  assert check.main([str(tmp_path)]) == 0
+  out = capsys.readouterr().out
+  assert "4 empty file: 0.jpg, 1.jpg, 2.jpg, ...\n  --report=FILE writes all names and reasons\n" in out
 
 
 # A run.
@@ -401,13 +438,29 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   ]
   jax.tree.map(np.testing.assert_array_equal, *states)
   out = capsys.readouterr().out
-  assert "24 images streamed" in out and out.count("skipped a/4.png, which cannot be read") == 2  # once a workdir
+  assert "24 images streamed, 3 channels\n" in out and f"wrote {tmp_path / 'stopped' / 'skipped.txt'}\n" in out
+  assert out.count("skipped a/4.png, which cannot be read") == 2  # once a workdir
   assert (tmp_path / "stopped" / "skipped.txt").read_text() == "a/4.png\n"
   rows = [row for row in metrics.read_rows(tmp_path / "whole" / "metrics.jsonl") if "knn_top1" in row]
   assert rows and all(row["knn_top1"] in 100 * np.arange(8) / 7 for row in rows)  # seven of eight can be read
+  assert "knn.k=20 is more than" not in out
+  with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), k=["20", "30"], batch_size=8):
+    assert eval_knn.main() == 0
+  out = capsys.readouterr().out
+  assert "1 of the bank cannot be read or has no label" in out and "1 of the queries cannot be read" in out
+  assert "k=30 is more than the 23 images of the bank: all of them vote\nk=30 " in out and "k=20 is" not in out
   (photographs / "train" / "a" / "0.jpg").unlink()  # C94
   with pytest.raises(UserError, match=r"the images are not those .*24 files.* now 23 files"):
     train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
+
+
+def test_more_neighbours_than_the_bank_has_are_told_in_a_line(photographs):
+  config = folder_config(photographs, **{"knn.k": 25})
+  plan = train.make_plan(config)
+  assert "knn.k=25 is more than the 24 images of the bank: all of them vote" in report.describe(config, plan)
+  config.data.test_split = "none"
+  lines = report.describe(config, train.make_plan(config))
+  assert "data.test_split='none' names no labelled images: the online k-NN is off" in lines
 
 
 @pytest.mark.slow

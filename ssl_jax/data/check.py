@@ -2,8 +2,9 @@
 
   python -m ssl_jax.data.check DIR [--channels=3] [--threads=N] [--report=skipped.txt] [--strict]
 
-Prints how many images there are, of which sizes, which cannot be read and why, and the mean and standard deviation of
-each channel, for a recipe's `mean` and `std`. With --strict the exit status is 1 if any cannot be read.
+Prints how many images there are, of which sizes, which cannot be read and why, which files are left out by their names,
+and the mean and standard deviation of each channel, for a recipe's `mean` and `std`. With --strict the exit status is 1
+if any image cannot be read.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 
 import numpy as np
 
-from ssl_jax.data.folder import EXTENSIONS, Files, find_images
+from ssl_jax.data.folder import EXTENSIONS, Files, find_files, find_images
 from ssl_jax.data.image import ImageError
 
 
@@ -68,9 +69,19 @@ def main(arguments: list[str] | None = None) -> int:
   for reason, count in collections.Counter(kinds.values()).most_common():
     names = [name for name, why in kinds.items() if why == reason]
     print(f"  {count:,} {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
+  if len(bad) > 3 and not args.report:
+    print("  --report=FILE writes all names and reasons")
+  endings = [pathlib.Path(name).suffix.lower() for name in find_files(args.folder)]
+  others = collections.Counter(ending or "no ending" for ending in endings if ending not in EXTENSIONS)
+  if others:
+    common = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
+    print(f"left out by their names: {common}{', ...' if len(others) > 5 else ''}")
   if sizes:
     common = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
     print(f"{len(sizes):,} sizes, width x height: {common}{', ...' if len(sizes) > 5 else ''}")
+    if len(sizes) > 1:
+      least, most = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
+      print(f"the smallest is {least[0]}x{least[1]}, the largest {most[0]}x{most[1]}")
     mean = sums / pixels
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
     shown = [", ".join(f"{x:.4f}" for x in values) for values in (mean, std)]

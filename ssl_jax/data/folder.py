@@ -98,6 +98,11 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
 
 def find_images(root: pathlib.Path) -> list[str]:
   """The relative paths of all images under a folder, sorted by their bytes."""
+  return [name for name in find_files(root) if name.lower().endswith(EXTENSIONS)]
+
+
+def find_files(root: pathlib.Path) -> list[str]:
+  """The relative paths of all files under a folder that are not hidden, sorted by their bytes; links are followed."""
   names = []
   top, seen = str(root), {os.path.realpath(root)}
   for folder, folders, files in os.walk(top, followlinks=True):
@@ -110,7 +115,7 @@ def find_images(root: pathlib.Path) -> list[str]:
     folders[:] = kept
     prefix = os.path.relpath(folder, top)
     for name in files:
-      if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+      if not name.startswith("."):
         names.append(name if prefix == "." else os.path.join(prefix, name))
   return sorted(names, key=os.fsencode)
 

@@ -1,12 +1,14 @@
 """Crops that are resized with Pillow's numbers, in a third of Pillow's time."""
 
 import math
+import threading
 
 import numba
 import numpy as np
 
 _BITS = 22  # after a weight's binary point: of 32, eight are the pixel's and two are for signs and overshoots
 _ROWS = 64  # are transposed at a time: few enough to stay in the cache
+_mending = threading.Lock()
 
 
 def _kept(function):
@@ -63,6 +65,11 @@ def resized_crop(
     resized = _resized(*arguments)
   except OSError:  # A full disk: it is compiled, but could not be kept.
     resized = _resized(*arguments)
+  except Exception:  # What was kept is damaged, as by a power failure.
+    with _mending:
+      if not _resized.overloads:  # Else another thread has mended it, and may be in it.
+        _resized.recompile()  # forgets what was kept
+      resized = _resized(*arguments)
   return resized.reshape(*size, c)
 
 

@@ -31,7 +31,8 @@ def first_views(config, dataset: data.Dataset, count: int) -> tuple[list[np.ndar
     Images uint8 [H, W, C], `count` of them; and for each view float32 [count, size, size, C], as the network gets it.
   """
   views = configs.views(config)
-  order = data.batch_indices(len(dataset.images), config.batch_size, config.seed, 0)[:count]
+  batch_size = min(config.batch_size, len(dataset.images))  # A look needs no whole batch.
+  order = data.batch_indices(len(dataset.images), batch_size, config.seed, 0)[:count]
   if dataset.is_streamed:
     least = data.stream.least_pixels(views, config.data.reduced_decoding)
     read = [data.stream.read_or_next(dataset.images, int(i), least) for i in order]

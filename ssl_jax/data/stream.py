@@ -5,6 +5,7 @@ takes it. So nothing of the input is in a checkpoint, and a run resumes at its n
 """
 
 import dataclasses
+import gc
 import math
 import multiprocessing
 import os
@@ -174,6 +175,8 @@ def _run(start, stop, example, batch_size, threads, workers):
       yield from batches
     finally:
       batches.close()  # Ends the workers.
+      del batches, iterated
+      gc.collect()  # Grain keeps the last batches in a cycle; Python would warn of their shared memory at the end.
     return
   ahead = max(2 * threads, batch_size) if threads else 0
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
