@@ -14,6 +14,7 @@ copied to the device once more). Ours includes its compilation.
 import statistics
 
 import common
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def lightly(bank, labels, queries, k):
 def make(side, rows, queries, width, k):
   arrays = features(rows, queries, width)
   if side == "ours":
-    arrays = [jnp.array(x) for x in arrays]
+    arrays = jax.block_until_ready([jnp.array(x) for x in arrays])
 
     def call():
       scores = knn.knn_predict(*arrays, k=k, temperature=TEMPERATURE, num_classes=CLASSES)
