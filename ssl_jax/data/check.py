@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from ssl_jax.data.folder import EXTENSIONS, Files, find_files, find_images
+from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
 from ssl_jax.data.image import ImageError
 
 
@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
   args = parser.parse_args(arguments)
   if not args.folder.is_dir():
     parser.error(f"there is no folder {args.folder}")
-  names = find_images(args.folder)
+  found = find_files(args.folder)
+  names = [name for name in found if is_image(name)]
   files = Files(str(args.folder), names, np.full(len(names), -1), args.channels)
   if not len(files):
     parser.error(f"{args.folder} holds no images ({', '.join(EXTENSIONS)})")
@@ -71,8 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"  {count:,} {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
   if len(bad) > 3 and not args.report:
     print("  --report=FILE writes all names and reasons")
-  endings = [pathlib.Path(name).suffix.lower() for name in find_files(args.folder)]
-  others = collections.Counter(ending or "no ending" for ending in endings if ending not in EXTENSIONS)
+  others = collections.Counter(pathlib.Path(name).suffix.lower() or "no ending" for name in found if not is_image(name))
   if others:
     common = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
     print(f"left out by their names: {common}{', ...' if len(others) > 5 else ''}")

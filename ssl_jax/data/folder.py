@@ -98,7 +98,12 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
 
 def find_images(root: pathlib.Path) -> list[str]:
   """The relative paths of all images under a folder, sorted by their bytes."""
-  return [name for name in find_files(root) if name.lower().endswith(EXTENSIONS)]
+  return [name for name in find_files(root) if is_image(name)]
+
+
+def is_image(name: str) -> bool:
+  """Whether a file's name ends as those of images do."""
+  return name.lower().endswith(EXTENSIONS)
 
 
 def find_files(root: pathlib.Path) -> list[str]:
