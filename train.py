@@ -241,9 +241,8 @@ def main(config, workdir: pathlib.Path) -> int:
       ends = step == plan.last_step or stopping()
       evaluates = step % (config.eval_every_epochs * plan.steps_per_epoch) == 0 or step == plan.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
-        write_rows(
-          config, plan, writer, clock, waiting, train
-        )  # First, so that no row is lost and nothing bad is saved.
+        # First, so that no row is lost and nothing bad is saved.
+        write_rows(config, plan, writer, clock, waiting, train)
         if evaluates:
           evaluation(config, plan, writer, train, step)
           draw_pictures(config, plan, writer, train, step, workdir)
