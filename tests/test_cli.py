@@ -29,3 +29,5 @@ def test_large_pages_are_hinted_at_where_they_can_be_had(monkeypatch, tmp_path, 
   assert bool(hint) == hinted
   if hinted:
     assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in hint
+    monkeypatch.setattr(cli.jax, "default_backend", lambda: "gpu")
+    assert not cli.large_pages_hint()  # whose steps do not use this memory

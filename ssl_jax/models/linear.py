@@ -11,9 +11,17 @@ from jax import lax
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any) -> jax.Array:
-  """`lax.dot_general` as `flax.linen.Dense` calls it: x [..., d] times kernel [d, f].
+  """`lax.dot_general` as `flax.linen.Dense` calls it: y = x W.
 
-  On a CPU its gradients are written here, and it has no forward mode (`jax.jvp`); `settings` are for other devices.
+  Args:
+    x: float [..., d].
+    kernel: W, float [d, f], of the same type.
+    dimension_numbers: of that product.
+    settings: the other arguments of `lax.dot_general`; a CPU needs none of them.
+
+  Returns:
+    float [..., f]. On a CPU its gradients are written here, g W^T and x^T g summed over the leading axes, and it has no
+    forward mode (`jax.jvp`).
   """
   if jax.default_backend() != "cpu":
     return lax.dot_general(x, kernel, dimension_numbers, **settings)
