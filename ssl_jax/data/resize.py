@@ -97,7 +97,7 @@ def _taps(start, stop, size, cubic):
       elif x < 1:
         exact[t] = (1.5 * x - 2.5) * x * x + 1.0
       else:
-        exact[t] = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2 else 0.0
+        exact[t] = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
       total += exact[t]
     for t in range(count):
       weight = exact[t] / total * (1 << _BITS)
