@@ -18,6 +18,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
+from photographs import photograph  # noqa: E402
 
 import runs  # noqa: E402
 
@@ -80,3 +81,16 @@ def unbroken(tmp_path_factory, cache):
 def shared_folder(tmp_path_factory):
   base = tmp_path_factory.getbasetemp()
   return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture
+def photographs(tmp_path):
+  """Twenty-four photographs of two classes, one of them broken, and eight to test, one broken."""
+  root = tmp_path / "photographs"
+  for i in range(24):
+    photograph(root / "train" / "ab"[i % 2] / f"{i}.{('jpg', 'png', 'webp')[i % 3]}", i)
+  for i in range(8):
+    photograph(root / "val" / "ab"[i % 2] / f"{i}.png", 100 + i)
+  (root / "train" / "a" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+  (root / "val" / "b" / "3.png").write_bytes(b"")
+  return root

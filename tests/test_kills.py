@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from test_stream import photograph
+from photographs import photograph
 
 from runs import ROOT, SMALL, environment
 from ssl_jax import data, metrics

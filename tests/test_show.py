@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from test_stream import folder_config, photograph, photographs  # noqa: F401
-from test_train import small_config
+from photographs import photograph
+from test_train import folder_config, small_config
 
 import train
 from ssl_jax import augment, metrics
@@ -16,7 +16,7 @@ LOOK = dict(scale=(0.2, 0.9), solarize_p=0.5)
 
 
 @pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, monkeypatch):  # noqa: F811
+def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, monkeypatch):
   config = folder_config(photographs) if streamed else small_config(batch_size=8)
   if streamed:
     config.data.reduced_decoding = True
@@ -46,7 +46,7 @@ def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, 
   assert sizes == [[originals[0].shape, (16, 16, c), (8, 8, c), (16, 16, c)]]
 
 
-def test_a_folder_of_fewer_images_than_a_batch_is_shown(photographs):  # noqa: F811
+def test_a_folder_of_fewer_images_than_a_batch_is_shown(photographs):
   config = folder_config(photographs, batch_size=512)
   originals, drawn = show.first_views(config, train.load(config, "train"), 6)
   assert len(originals) == 6 and all(len(view) == 6 for view in drawn)

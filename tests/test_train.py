@@ -245,6 +245,11 @@ def small_config(**overrides):
   return config
 
 
+def folder_config(root, **overrides):
+  given = {"data.folder": str(root), "data.split": "train", "data.test_split": "val", "data.channels": 3}
+  return small_config(**given, **{"batch_size": 8, "steps": 9, "log_every_steps": 1, **overrides})
+
+
 @SLOW
 def test_collapsed_features_are_told(cache, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(metrics, "COLLAPSED_STD", 10.0)  # any features are below this
