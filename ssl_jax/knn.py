@@ -36,7 +36,7 @@ def knn_predict(
     k: number of neighbours; more than there are is all of them, with a warning.
     temperature: T > 0 of the votes exp(similarity / T).
     num_classes: None: the largest label + 1 (not under `jax.jit`).
-    chunk_size: bank rows compared at once; None: 8192. Similarities never take more than [1024, chunk_size + k].
+    chunk_size: bank rows compared at once; None: 2048. Similarities never take more than [1024, chunk_size + k].
     exclude: int [Q], a bank row that does not count for this query: itself, where the bank is evaluated on itself.
     axis_name: mapped axis over which the bank is split into equal parts, in order; needs `num_classes`. Every device
       gets the scores of all queries. Rows with a negative label, which fill a part up, do not vote.
@@ -75,19 +75,20 @@ def knn_predict(
       raise ValueError(f"bank_labels must be in [0, {num_classes}), got {lowest} to {highest}.")
   if exclude is None:
     exclude = jnp.full(queries.shape[:1], -1)
-  return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size or 8192, axis_name)
+  return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size or 2048, axis_name)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size, axis_name=None):
-  queries = _unit(queries)
-  rows = bank.shape[0]
-  chunk = min(chunk_size, rows)
+  rows, asked = bank.shape[0], queries.shape[0]
+  chunk, block = min(chunk_size, rows), min(_QUERY_BLOCK, asked)
   starts = jnp.arange(0, rows, chunk)
   place = 0 if axis_name is None else lax.axis_index(axis_name) * rows  # of this part of the bank in the whole
 
-  def one_block(block):
-    block_queries, block_exclude = block
+  def one_block(scores, start):
+    at_once = jnp.minimum(start, asked - block)  # The last block is moved back to fit, and written twice where it is.
+    block_queries = _unit(lax.dynamic_slice_in_dim(queries, at_once, block))
+    block_exclude = lax.dynamic_slice_in_dim(exclude, at_once, block)
 
     def nearer(best, start):
       # The last chunk is moved back to fit; what it repeats is masked.
@@ -98,13 +99,11 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
       skip = (index < start) | (lax.dynamic_slice_in_dim(bank_labels, first, chunk) < 0)
       similarity = jnp.where(skip | (place + index == block_exclude[:, None]), -jnp.inf, similarity)
       # What was found before comes first: top_k keeps the lower row where similarities are equal.
-      values = jnp.concatenate([best[0], similarity], axis=1)
-      indices = jnp.concatenate([best[1], jnp.broadcast_to(index, similarity.shape)], axis=1)
-      values, at = lax.top_k(values, k)
-      return (values, jnp.take_along_axis(indices, at, axis=1)), None
+      values, at = lax.top_k(jnp.concatenate([best[0], similarity], axis=1), k)
+      found_before = jnp.take_along_axis(best[1], jnp.minimum(at, k - 1), axis=1)
+      return (values, jnp.where(at < k, found_before, first + at - k)), None
 
-    n = block_queries.shape[0]
-    nothing = jnp.full((n, k), -jnp.inf), jnp.zeros((n, k), starts.dtype)
+    nothing = jnp.full((block, k), -jnp.inf), jnp.zeros((block, k), starts.dtype)
     (similarity, neighbours), _ = lax.scan(nearer, nothing, starts)
     labels = bank_labels[neighbours]
     if axis_name is not None:  # the nearest of each part, in the order of the parts, then of all
@@ -115,15 +114,11 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
     nearest = jnp.maximum(similarity[:, :1], -1.0)  # -inf where every row of the bank is excluded
     votes = jnp.exp((similarity - nearest) / temperature)
     votes = votes / jnp.maximum(jnp.sum(votes, axis=1, keepdims=True), 1e-30)
-    scores = jnp.zeros((n, num_classes))
-    return scores.at[jnp.arange(n)[:, None], labels].add(votes)
+    shares = jnp.zeros((block, num_classes)).at[jnp.arange(block)[:, None], labels].add(votes)
+    return lax.dynamic_update_slice_in_dim(scores, shares, at_once, 0), None
 
-  pad = -queries.shape[0] % min(_QUERY_BLOCK, queries.shape[0])
-  blocks = (
-    jnp.pad(queries, ((0, pad), (0, 0))).reshape(-1, min(_QUERY_BLOCK, queries.shape[0]), queries.shape[1]),
-    jnp.pad(exclude, (0, pad)).reshape(-1, min(_QUERY_BLOCK, queries.shape[0])),
-  )
-  return lax.map(one_block, blocks).reshape(-1, num_classes)[: queries.shape[0]]
+  # Written in place: all blocks' scores, stacked and cut to size, would be a second array of them.
+  return lax.scan(one_block, jnp.zeros((asked, num_classes)), jnp.arange(0, asked, block))[0]
 
 
 def check_finite(**features: ArrayLike) -> None:
