@@ -6,7 +6,7 @@
 simclr   two views of images of 32 pixels, `configs/simclr_cifar10.py`.
 dino     two crops of 224 and eight of 96 of 500 x 375 photographs, `configs/dino_imagenet.py`.
 
-"device" is `augment.make_views` on the whole images, jitted. "host + device" cuts the crops with Pillow
+"device" is `augment.make_views` on the whole images, jitted. "host + device" cuts the crops on the host
 (`stream.cut_views`, as streamed data is) and finishes them on the device; "host" is its first part, which is all that
 a machine with an accelerator has to do on its CPU. The peer does all of a view on the host, with Pillow's blur.
 """

@@ -13,6 +13,8 @@
 "calls" and "loader" (`stream.batches`, DataLoader, both in this process) run on one core, "threads" and "workers" on
 all that this process may use; against our threads stand the peer's workers. Numbers are medians over rounds in which
 all sides take turns; a loader is started anew for each, and its first batches are not counted.
+
+With --reduced instead: ours alone, JPEGs of 2000 x 1500 decoded whole and as `data.reduced_decoding` has it.
 """
 
 import functools
@@ -118,6 +120,33 @@ def our_calls(paths, views):
     yield stream.cut_views(read_image(paths[i % len(paths)]), views, (0, i, 0))
 
 
+def reduced_calls(files, views, reduced):
+  """The same of `files`, of which large JPEGs may be decoded at a part of their size."""
+  least = stream.least_pixels(views, reduced)
+  for i in range(10**9):
+    pixels, size = files.read_reduced(i % len(files), least)
+    yield stream.cut_views(pixels, views, (0, i, 0), size)
+
+
+def measure_reduced(args):
+  """A row a recipe: images a second of one core, whole and reduced."""
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    names = write_photographs(folder, 12, (2000, 1500))
+    files = Files(folder, names, np.full(len(names), -1, np.int32), 3)
+    print(f"{'':>7} {'whole':>7} {'reduced':>8} {'ratio':>6}")
+    for recipe in args.recipes:
+      views = config.views(RECIPES[recipe].get_config())
+      sides = {name: functools.partial(reduced_calls, files, views, name == "reduced") for name in ("whole", "reduced")}
+      budget = dict(rounds=args.rounds, seconds=args.seconds / args.rounds)
+      rate = take_turns(sides, images=1, skip=3, multiple=len(names), **budget)
+      rows.append(dict(recipe=recipe, **rate))
+      print(
+        f"{recipe:>7} {rate['whole']:>7.1f} {rate['reduced']:>8.1f} {rate['reduced'] / rate['whole']:>6.2f}", flush=True
+      )
+  return rows
+
+
 def peer_calls(paths, transform, views):
   images = Photographs(paths, [transform(view) for view in views])
   for i in range(10**9):
@@ -196,11 +225,15 @@ def main():
   parser.add_argument("--rounds", type=int, default=3, help="in which the sides take turns")
   parser.add_argument("--images", type=int, default=96, help="files that are written")
   parser.add_argument("--batch-size", type=int, default=32)
+  parser.add_argument("--reduced", action="store_true", help="what reduced decoding gains, on one core")
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # for Grain's workers
   cores = sorted(os.sched_getaffinity(0))
   common.introduce()
   torch.set_num_threads(1)
+  if args.reduced:
+    common.write_json(args, measure_reduced(args))
+    return
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     names = write_photographs(folder, args.images)
