@@ -1,13 +1,11 @@
-"""Reading prepared data sets, preparing Fashion-MNIST, and the order of training."""
+"""Reading prepared data sets, and what is said of those that cannot be read."""
 
-import gzip
 import io
 import json
 import os
 import pathlib
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import zlib
@@ -18,9 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ssl_jax import data
-from ssl_jax.data import dataset as order
-from ssl_jax.data import prepare, prepared
-from ssl_jax.data.fashion_mnist import CLASSES, read_split
+from ssl_jax.data import prepared
+from ssl_jax.data.fashion_mnist import CLASSES
 from ssl_jax.data.image import ImageError
 from ssl_jax.errors import UserError
 
@@ -70,21 +67,6 @@ def png(image):
 
 def draw(*shape, seed=0):
   return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
-def write_idx(folder, train=12, test=5, *, plain=False):
-  """A tiny Fashion-MNIST in the published form. Returns its train images and labels."""
-  folder.mkdir(parents=True, exist_ok=True)
-  for prefix, n in (("train", train), ("t10k", test)):
-    images, labels = draw(n, 28, 28, seed=n), (np.arange(n) % 10).astype(np.uint8)
-    for stem, magic, array in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
-      content = np.array([magic, *array.shape], ">u4").tobytes() + array.tobytes()
-      path = folder / f"{prefix}-{stem}-ubyte"
-      if plain:
-        path.write_bytes(content)
-      else:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
-  return draw(train, 28, 28, seed=train), np.arange(train) % 10
 
 
 @pytest.fixture
@@ -390,289 +372,6 @@ def test_a_set_without_images_lists_its_features(own):
   features["featuresDict"]["features"]["photo"] = features["featuresDict"]["features"].pop("image")
   (folder / "features.json").write_text(json.dumps(features))
   assert "has no feature 'image', only label, photo." in error_of("own", "train", data_dir=data_dir)
-
-
-# Preparing.
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["gz", "plain"])
-def test_prepare_writes_what_the_files_hold(tmp_path, capsys, plain):
-  images, labels = write_idx(tmp_path / "idx", plain=plain)
-  out = tmp_path / "out dir"
-  assert prepare.main(["fashion_mnist", f"--data_dir={out}", f"--from={tmp_path / 'idx'}"]) == 0
-  printed = capsys.readouterr()
-  assert f"wrote {out}/fashion_mnist/1.0.0: train 12 images, test 5 images," in printed.out
-  assert f"python train.py --config.data.name=fashion_mnist --config.data.data_dir='{out}'" in printed.out
-  got = data.load("fashion_mnist", "train", data_dir=out, channels=1)
-  np.testing.assert_array_equal(got.images[..., 0], images)
-  np.testing.assert_array_equal(got.labels, labels)
-  assert got.num_classes == 10
-
-
-def test_ours_is_read_though_tfds_has_another_version_of_the_name(tmp_path):
-  write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  tfrecord = shutil.copytree(folder, folder.with_name("3.0.1"))
-  edit_info(tfrecord, fileFormat="tfrecord", version="3.0.1")
-  assert tfds.builder_cls("fashion_mnist").VERSION == "3.0.1"  # imports and registers TFDS's class
-  assert len(data.load("fashion_mnist", "train", data_dir=tmp_path).images) == 12
-  assert "prepared as tfrecord only" in error_of("fashion_mnist:3.0.1", "train", data_dir=tmp_path)
-
-
-def contents(folder):
-  return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir()}
-
-
-def test_a_second_run_says_so_and_changes_nothing(tmp_path, capsys):
-  write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  before = contents(folder)
-  capsys.readouterr()
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", "--from=/nowhere"]) == 0
-  assert "already prepared, nothing changed" in capsys.readouterr().out
-  assert contents(folder) == before
-
-
-KILLED = """
-import os, signal, sys
-from ssl_jax.data import dataset as order
-from ssl_jax.data import prepare, prepared
-from ssl_jax.data.fashion_mnist import FashionMnist
-generate = FashionMnist._generate_examples
-def until_killed(self, prefix):
-  for i, example in generate(self, prefix):
-    if (prefix, i) == ("t10k", 3):
-      os.kill(os.getpid(), signal.SIGKILL)
-    yield i, example
-FashionMnist._generate_examples = until_killed
-prepare.main(sys.argv[1:])
-"""
-
-
-def test_a_killed_run_neither_fools_nor_blocks_the_next(tmp_path):
-  write_idx(tmp_path / "idx")
-  args = ["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'idx'}"]
-  killed = subprocess.run([sys.executable, "-c", KILLED, *args], cwd=ROOT, capture_output=True)
-  assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-  (leftover,) = (tmp_path / "fashion_mnist").iterdir()
-  assert "was interrupted, or still runs" in error_of("fashion_mnist", "train", data_dir=tmp_path)
-  os.utime(leftover, (0, 0))  # old: no other host still writes it
-  assert prepare.main(args) == 0
-  assert [f.name for f in (tmp_path / "fashion_mnist").iterdir()] == ["1.0.0"]
-  assert len(data.load("fashion_mnist", "test", data_dir=tmp_path).images) == 5
-
-
-def test_a_run_beside_another_leaves_its_files_alone(tmp_path):
-  write_idx(tmp_path / "idx")
-  other = tmp_path / "fashion_mnist" / "incomplete.ABC123_1.0.0"
-  other.mkdir(parents=True)
-  prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  assert other.is_dir()
-
-
-def test_the_slower_of_two_runs_takes_the_folder_of_the_faster(tmp_path, monkeypatch):
-  write_idx(tmp_path / "idx")
-  download_and_prepare = prepare.FashionMnist.download_and_prepare
-
-  def overtaken(self, **kwargs):
-    monkeypatch.setattr(prepare.FashionMnist, "download_and_prepare", download_and_prepare)
-    prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-    raise OSError("Directory not empty")
-
-  monkeypatch.setattr(prepare.FashionMnist, "download_and_prepare", overtaken)
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  assert len(data.load("fashion_mnist", "train", data_dir=tmp_path).images) == 12
-  assert folder.is_dir()
-
-
-@pytest.mark.parametrize("missing", ["dataset_info.json", "fashion_mnist-test.array_record-00000-of-00001"])
-def test_an_incomplete_folder_is_written_anew(tmp_path, capsys, missing):
-  write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  (folder / missing).unlink()
-  prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  assert f"removing {folder}, which is not complete" in capsys.readouterr().out
-  assert len(data.load("fashion_mnist", "test", data_dir=tmp_path).images) == 5
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, capsys):
-  folder = tmp_path / "fashion_mnist" / "1.0.0"
-  folder.mkdir(parents=True)
-  (folder / "thesis.tex").write_text("years")
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
-  assert f"error: {folder} is not a prepared fashion_mnist: delete it" in capsys.readouterr().err
-  assert (folder / "thesis.tex").read_text() == "years"
-
-
-def test_a_tfrecord_folder_is_left_alone(tmp_path, capsys):
-  write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  edit_info(folder, fileFormat="tfrecord")
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
-  assert "is prepared, but not as array_record" in capsys.readouterr().err
-  assert (folder / "dataset_info.json").is_file()
-
-
-def test_without_debians_package_the_error_says_where_to_get_the_files(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(prepare, "DEBIAN", tmp_path / "none")
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
-  message = capsys.readouterr().err
-  assert "apt-get install dataset-fashion-mnist" in message and "pass --from=FOLDER" in message
-  assert message.count("\n") == 1
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_source_that_is_no_folder_is_named(tmp_path, capsys):
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'x'}"]) == 1
-  assert f"{tmp_path / 'x'} is not a folder" in capsys.readouterr().err
-
-
-def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
-  write_idx(tmp_path / "idx")
-  (tmp_path / "file").write_text("")
-  args = ["fashion_mnist", f"--data_dir={tmp_path / 'file' / 'x'}", f"--from={tmp_path / 'idx'}"]
-  assert prepare.main(args) == 1
-  assert capsys.readouterr().err.startswith("error: ")
-
-
-IMAGES = np.array([0x803, 2, 28, 28], ">u4").tobytes() + bytes(2 * 28 * 28)
-
-
-@pytest.mark.parametrize(
-  "content, message",
-  [
-    (b"\0\0\x08\x01" + IMAGES[4:], "expected the IDX magic number 0x00000803, got 0x00000801"),
-    (b"", "expected the IDX magic number 0x00000803, got 0x."),
-    (IMAGES[:9], "expected a header of 16 bytes, got 9"),
-    (IMAGES[:-1], "expected 1584 bytes for the sizes (2, 28, 28), got 1583"),
-    (IMAGES + b"\0", "expected 1584 bytes for the sizes (2, 28, 28), got 1585"),
-    (np.array([0x803, 2, 14, 56], ">u4").tobytes() + IMAGES[16:], "expected images of 28x28, got 14x56"),
-    (np.array([0x803, 0, 28, 28], ">u4").tobytes(), "expected 0 labels, one an image, got 2"),
-  ],
-)
-def test_a_wrong_idx_file_is_named_with_expected_and_got(tmp_path, capsys, content, message):
-  write_idx(tmp_path / "idx", train=2, plain=True)
-  (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(content)
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'idx'}"]) == 1
-  printed = capsys.readouterr().err
-  assert message in printed and f"{tmp_path / 'idx'}/train-" in printed and printed.count("\n") == 1
-  assert not (tmp_path / "fashion_mnist" / "1.0.0").exists()
-
-
-def test_a_damaged_gzip_file_is_named(tmp_path):
-  write_idx(tmp_path)
-  path = tmp_path / "train-images-idx3-ubyte.gz"
-  for content in (path.read_bytes()[:-20], b"no gzip", path.read_bytes()[:100] + bytes(3000)):
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: expected a gzip file, got a damaged one"):
-      read_split(tmp_path, "train")
-
-
-def test_a_missing_idx_file_is_named(tmp_path):
-  write_idx(tmp_path)
-  (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-  with pytest.raises(UserError, match=r"expected the file t10k-labels-idx1-ubyte\.gz"):
-    read_split(tmp_path, "t10k")
-
-
-def test_a_label_beyond_the_classes_is_refused(tmp_path):
-  write_idx(tmp_path, train=2, plain=True)
-  content = np.array([0x801, 2], ">u4").tobytes() + bytes([3, 10])
-  (tmp_path / "train-labels-idx1-ubyte").write_bytes(content)
-  with pytest.raises(UserError, match="expected labels from 0 to 9, got 10"):
-    read_split(tmp_path, "train")
-
-
-def test_a_subset_is_the_head_and_needs_enough_images(tmp_path):
-  images, labels = write_idx(tmp_path)
-  got = read_split(tmp_path, "train", 5)
-  np.testing.assert_array_equal(got[0], images[:5])
-  np.testing.assert_array_equal(got[1], labels[:5])
-  with pytest.raises(UserError, match="expected at least 12000 images, got 12"):
-    prepare.prepare("fashion_mnist_mini", tmp_path / "out", tmp_path)
-
-
-# The order of training.
-
-
-def test_an_epoch_visits_every_example_once():
-  order = data.epoch_order(3, 1, 100)
-  assert order.dtype == np.int64
-  np.testing.assert_array_equal(np.sort(order), np.arange(100))
-
-
-def test_epochs_and_seeds_have_orders_of_their_own_that_repeat():
-  orders = [tuple(data.epoch_order(seed, epoch, 50)) for seed in range(4) for epoch in range(4)]
-  assert len(set(orders)) == 16
-  assert tuple(data.epoch_order(2, 3, 50)) == orders[2 * 4 + 3]
-
-
-def test_the_order_is_pinned():
-  # Resuming an old run needs the very same numbers from every later version.
-  assert data.epoch_order(0, 0, 8).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
-
-
-def test_batches_cut_the_epoch_and_drop_the_last_partial_one():
-  n, size = 23, 5
-  got = np.concatenate([data.batch_indices(n, size, 7, step) for step in range(8)])
-  want = np.concatenate([data.epoch_order(7, epoch, n)[:20] for epoch in range(2)])
-  assert got.dtype == np.int64
-  np.testing.assert_array_equal(got, want)
-
-
-def test_the_last_image_alone_makes_no_batch():
-  assert [len(data.batch_indices(65, 64, 0, step)) for step in range(3)] == [64, 64, 64]  # C52
-  assert set(data.batch_indices(65, 64, 0, 0)) != set(data.batch_indices(65, 64, 0, 1))
-
-
-def test_a_batch_may_be_the_whole_set():
-  np.testing.assert_array_equal(np.sort(data.batch_indices(8, 8, 0, 5)), np.arange(8))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_the_parts_of_the_processes_tile_the_global_batch(count):
-  for step in (0, 3, 11):
-    parts = [data.batch_indices(50, 12, 1, step, process_index=i, process_count=count) for i in range(count)]
-    np.testing.assert_array_equal(np.concatenate(parts), data.batch_indices(50, 12, 1, step))
-
-
-def test_a_batch_does_not_depend_on_what_was_asked_before():
-  want = {step: data.batch_indices(30, 7, 5, step) for step in range(20)}
-  for step in np.random.default_rng(0).permutation(20):
-    got = data.batch_indices(30, 7, 5, int(step))
-    np.testing.assert_array_equal(got, want[step])
-    got[:] = -1  # the caller's own copy
-
-
-def test_consecutive_steps_shuffle_once_an_epoch(monkeypatch):
-  calls = []
-  monkeypatch.setattr(order, "epoch_order", lambda *args: calls.append(args) or np.arange(args[-1]))
-  order._cached_order.cache_clear()
-  for step in range(9):
-    data.batch_indices(40, 10, 0, step)
-  order._cached_order.cache_clear()
-  assert calls == [(0, 0, 40), (0, 1, 40), (0, 2, 40)]
-
-
-@pytest.mark.parametrize(
-  "kwargs, message",
-  [
-    ({"n": 24, "batch_size": 64}, "got batch_size=64 and 24 images"),  # C90
-    ({"batch_size": 0}, "got batch_size=0 and 100 images"),
-    ({"process_count": 3}, "a multiple of the 3 processes, got 10"),
-    ({"seed": -1}, "seed must not be negative, got -1"),
-  ],
-)
-def test_what_makes_no_batches_is_refused(kwargs, message):
-  with pytest.raises(UserError) as caught:
-    data.batch_indices(**{"n": 100, "batch_size": 10, "seed": 0, "step": 0, **kwargs})
-  assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("index", [-1, 2])
-def test_a_process_beyond_the_last_is_refused(index):
-  with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\)"):
-    data.batch_indices(100, 10, 0, 0, process_index=index, process_count=2)
 
 
 def test_nothing_here_imports_tensorflow():
