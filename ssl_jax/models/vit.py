@@ -213,12 +213,33 @@ class Attention(nn.Module):
       return jax.nn.softmax(scores)
     # cuDNN's fused kernel has to be asked for; it serves half precision and these widths of a head only.
     fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
+    out = fused_attention(q, k, v) if fused else jax.nn.dot_product_attention(q, k, v)
     out = rearrange(out, "b n h d -> b n (h d)")
     return Dense(dim, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out)
 
   def weights(self, x):
     return self(x, weights_only=True)
+
+
+def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Softmax attention by cuDNN's fused kernel, at any number of tokens.
+
+  JAX gives the gradient of that kernel for even lengths only, and a class token makes most lengths odd: 197 at 224
+  pixels. So one token is added, which no other token attends to and whose own output is cut off.
+
+  Args:
+    q, k, v: bfloat16 or float16 [b, n, heads, d], where 8 divides d.
+
+  Returns:
+    [b, n, heads, d] of the same type.
+  """
+  b, n = q.shape[:2]
+  if n % 2 == 0:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+  padded = [jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v)]
+  lengths = jnp.full(b, n, jnp.int32)
+  only = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+  return jax.nn.dot_product_attention(*padded, **only, implementation="cudnn")[:, :n]
 
 
 class MLP(nn.Module):
