@@ -22,6 +22,7 @@ from ssl_jax.data.dataset import Dataset, batch_indices
 from ssl_jax.data.image import MAX_PIXELS, ImageError
 from ssl_jax.data.resize import resized_crop
 from ssl_jax.errors import UserError
+from ssl_jax.streams import CROP
 
 _SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
 
@@ -248,7 +249,7 @@ def cut_views(
   parts = -(-size[0] // pixels.shape[0])  # A pixel is of parts x parts of them; the last may be of fewer.
   crops = []
   for i, view in enumerate(views):
-    rng = np.random.default_rng((*entropy, i))
+    rng = np.random.default_rng((*entropy, i, CROP))
     top, left, h, w = crop_box(rng, size, view.scale, view.ratio)
     box = top / parts, left / parts, h / parts, w / parts
     crops.append(resized_crop(pixels, box, (view.size, view.size), view.interpolation))

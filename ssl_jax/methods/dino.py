@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import struct
 from jax import lax
 
-from ssl_jax import models
+from ssl_jax import models, streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import dino_center, dino_loss
 from ssl_jax.methods.base import AXIS, Aux, Method
@@ -80,7 +80,8 @@ def dino(
       return {}
 
     def draw(key, view):  # of one example's view: independent of the batch and of the number of devices
-      return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 1), view), (encoder.depth, 2))
+      key = jax.random.fold_in(jax.random.fold_in(key, streams.DROP_PATH), view)
+      return jax.random.uniform(key, (encoder.depth, 2))
 
     u = jax.vmap(jax.vmap(draw, (0, None)), (None, 0))(keys, first + jnp.arange(views))  # [v, b, depth, 2]
     return {"uniforms": rearrange(u, "v b depth two -> depth two (v b)")}

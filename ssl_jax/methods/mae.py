@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from ssl_jax import models
+from ssl_jax import models, streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods.base import Aux, Method
@@ -68,7 +68,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     return decoder.apply({"params": params["decoder"]}, tokens, restore, grid), mask, tokens
 
   def draw_noise(keys, patches):
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (patches,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.MASK), (patches,)))(keys)
 
   def init(key, views):
     encoder_key, decoder_key = jax.random.split(key)

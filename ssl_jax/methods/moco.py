@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from ssl_jax import models
+from ssl_jax import models, streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce
 from ssl_jax.methods.base import AXIS, Aux, Method, in_chunks
@@ -70,7 +70,7 @@ def moco(
     return z, changed.get("batch_stats", {})
 
   def init(key, views):
-    network_key, queue_key = jax.random.split(key)
+    network_key, queue_key = jax.random.split(key)[0], jax.random.fold_in(key, streams.QUEUE)
     z, variables = network.init_with_output(network_key, views[0][0], train=True)
     params, stats = variables["params"], variables.get("batch_stats", {})
     queue = unit(jax.random.normal(queue_key, (queue_size, z.shape[-1])))
@@ -127,7 +127,7 @@ def shuffle(keys: jax.Array, images: jax.Array, axis_name: str | None) -> tuple[
   Returns:
     (images [b, ...] to encode here, int [b]: where this device's own examples are found in the gathered results).
   """
-  draws = gather(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys), axis_name)
+  draws = gather(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.SHUFFLE)))(keys), axis_name)
   order = jnp.argsort(draws)
   first = lax.axis_index(axis_name) * len(images) if axis_name else 0
   here = first + jnp.arange(len(images))
