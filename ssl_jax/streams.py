@@ -1,9 +1,9 @@
 """Random streams: the numbers that keys are folded with, one for each purpose, all in this file.
 
-Two purposes that fold the same key with the same number draw the same values, and no test of either one shows it. MoCo
+Two purposes that fold the same key with the same number draw the same values, and no test of either shows it. MoCo
 once shuffled its keys by the very draw that was the area of their crops: batch norm's groups were sorted by area.
 
-An example's key is a function of (seed, step, position in the global batch) (`augment.example_keys`). View i of it folds
+An example's key is a function of (seed, step, position in the global batch): `augment.example_keys`. View i folds
 that key with i, and every other purpose with a number that no view reaches.
 """
 

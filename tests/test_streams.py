@@ -18,7 +18,7 @@ KEYS = augment.example_keys(3, jnp.int32(5), jnp.arange(N))
 
 
 def view_draws():
-  """What views are made of: {name: [N]}, for more views than any recipe has: areas, ratios, places, flip, colour, ..."""
+  """What views are made of: {name: [N]}, for more views than any recipe has: areas, ratios, places, flip, ..."""
 
   def draw(key, i):
     return jax.random.uniform(jax.random.fold_in(key, i), (36,))
