@@ -236,10 +236,11 @@ def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   b, n = q.shape[:2]
   if n % 2 == 0:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-  padded = [jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v)]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
   lengths = jnp.full(b, n, jnp.int32)
-  only = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-  return jax.nn.dot_product_attention(*padded, **only, implementation="cudnn")[:, :n]
+  return jax.nn.dot_product_attention(
+    q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+  )[:, :n]
 
 
 class MLP(nn.Module):
