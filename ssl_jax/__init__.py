@@ -1,41 +1,74 @@
 """Self-supervised visual pre-training in JAX: pure losses, stateless models, one training loop.
 
-The losses and methods that a user may import are listed here; everything else is reached by its module:
-`ssl_jax.augment`, `ssl_jax.convert`, `ssl_jax.knn`, `ssl_jax.optim`, `ssl_jax.models.resnet`, `ssl_jax.data`.
+What a user may import is listed here; everything else is reached by its module: `ssl_jax.convert`, `ssl_jax.optim`,
+`ssl_jax.models.resnet`. Importing `ssl_jax` or `ssl_jax.losses` loads nothing that `import jax` does not load: a name
+that needs more, such as flax, loads it when it is first asked for (PEP 562).
 """
 
-from ssl_jax.losses import byol_loss as byol_loss
-from ssl_jax.losses import dino_center as dino_center
-from ssl_jax.losses import dino_loss as dino_loss
-from ssl_jax.losses import info_nce as info_nce
-from ssl_jax.losses import mae_loss as mae_loss
-from ssl_jax.losses import nt_xent as nt_xent
-from ssl_jax.losses import patchify as patchify
-from ssl_jax.losses import unpatchify as unpatchify
-from ssl_jax.methods.base import Aux as Aux
-from ssl_jax.methods.base import Method as Method
-from ssl_jax.methods.byol import byol as byol
-from ssl_jax.methods.dino import dino as dino
-from ssl_jax.methods.mae import mae as mae
-from ssl_jax.methods.moco import moco as moco
-from ssl_jax.methods.moco import moco_v3 as moco_v3
-from ssl_jax.methods.simclr import simclr as simclr
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-  "Aux",
-  "Method",
-  "byol",
-  "byol_loss",
-  "dino",
-  "dino_center",
-  "dino_loss",
-  "info_nce",
-  "mae",
-  "mae_loss",
-  "moco",
-  "moco_v3",
-  "nt_xent",
-  "patchify",
-  "simclr",
-  "unpatchify",
-]
+if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
+  from ssl_jax.augment import View as View
+  from ssl_jax.augment import make_views as make_views
+  from ssl_jax.data.image import read_image as read_image
+  from ssl_jax.evaluate import restore_encoder as restore_encoder
+  from ssl_jax.knn import knn_predict as knn_predict
+  from ssl_jax.losses import byol_loss as byol_loss
+  from ssl_jax.losses import dino_center as dino_center
+  from ssl_jax.losses import dino_loss as dino_loss
+  from ssl_jax.losses import info_nce as info_nce
+  from ssl_jax.losses import mae_loss as mae_loss
+  from ssl_jax.losses import nt_xent as nt_xent
+  from ssl_jax.losses import patchify as patchify
+  from ssl_jax.losses import unpatchify as unpatchify
+  from ssl_jax.methods.base import Aux as Aux
+  from ssl_jax.methods.base import Method as Method
+  from ssl_jax.methods.byol import byol as byol
+  from ssl_jax.methods.dino import dino as dino
+  from ssl_jax.methods.mae import mae as mae
+  from ssl_jax.methods.moco import moco as moco
+  from ssl_jax.methods.moco import moco_v3 as moco_v3
+  from ssl_jax.methods.simclr import simclr as simclr
+
+_HOMES = {  # the module of each name
+  "Aux": "methods.base",
+  "Method": "methods.base",
+  "View": "augment",
+  "byol": "methods.byol",
+  "byol_loss": "losses",
+  "dino": "methods.dino",
+  "dino_center": "losses",
+  "dino_loss": "losses",
+  "info_nce": "losses",
+  "knn_predict": "knn",
+  "mae": "methods.mae",
+  "mae_loss": "losses",
+  "make_views": "augment",
+  "moco": "methods.moco",
+  "moco_v3": "methods.moco",
+  "nt_xent": "losses",
+  "patchify": "losses",
+  "read_image": "data.image",
+  "restore_encoder": "evaluate",
+  "simclr": "methods.simclr",
+  "unpatchify": "losses",
+}
+_MODULES = ("augment", "convert", "data", "knn", "losses", "methods", "models", "optim")  # without a line of their own
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+  if name in _HOMES:
+    value = getattr(importlib.import_module(f"ssl_jax.{_HOMES[name]}"), name)
+  elif name in _MODULES:
+    value = importlib.import_module(f"ssl_jax.{name}")
+  else:
+    raise AttributeError(f"module 'ssl_jax' has no attribute {name!r}")
+  globals()[name] = value  # asked for once
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_HOMES, *_MODULES})

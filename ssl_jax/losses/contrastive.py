@@ -5,12 +5,13 @@ positive wins. Small batches take the log-sum-exp from the whole matrix, and JAX
 through the matrix by blocks of rows that are never kept, and their gradient is derived here.
 """
 
-import math
 import numbers
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ssl_jax.losses._common import check_float, check_temperature, unit
 
 _BLOCK = 2**20  # similarities that a block holds, 4 MiB of float32; as many and fewer need no blocks
 
@@ -59,12 +60,12 @@ def nt_xent(
   google-research/simclr, whose negatives carry their gradient across devices as they do here.
   """
   _check_pair("z1", z1, "z2", z2)
-  _check_temperature(temperature)
+  check_temperature("temperature", temperature)
   _check_block_size(block_size)
   n_global = z1.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
   if n_global < 2:
     raise ValueError(f"nt_xent needs a batch of at least two images for its negatives, got {n_global}.")
-  z1, z2 = _unit(z1), _unit(z2)
+  z1, z2 = unit(z1), unit(z2)
   scale = jnp.asarray(temperature, z1.dtype) ** -0.5
   z1, z2 = z1 * scale, z2 * scale  # their products are similarities / temperature
   rows, block_size = 2 * z1.shape[0], _rows_at_once(2 * z1.shape[0], 2 * n_global, block_size)
@@ -114,14 +115,13 @@ def info_nce(
   2021, arXiv:2104.02057, algorithm 1, builder.py of facebookresearch/moco-v3.
   """
   _check_pair("query", query, "key", key)
-  _check_temperature(temperature)
+  check_temperature("temperature", temperature)
   _check_block_size(block_size)
-  query = _unit(query)
+  query = unit(query)
   query = query / jnp.asarray(temperature, query.dtype)  # products with keys are similarities / temperature
-  key = lax.stop_gradient(_unit(key))
+  key = lax.stop_gradient(unit(key))
   if queue is not None:
-    if not jnp.issubdtype(queue.dtype, jnp.floating):
-      raise TypeError(f"queue must be floating point, got {queue.dtype}.")
+    check_float("queue", queue)
     if queue.ndim != 2 or queue.shape[0] < 1 or queue.shape[1] != query.shape[1]:
       raise ValueError(f"queue must have shape [K, {query.shape[1]}], got {queue.shape}.")
     candidates = lax.stop_gradient(queue).astype(query.dtype)
@@ -264,26 +264,8 @@ def _check_block_size(block_size):
 
 def _check_pair(name1, x1, name2, x2):
   for name, x in ((name1, x1), (name2, x2)):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+    check_float(name, x)
     if x.ndim != 2:
       raise ValueError(f"{name} must have shape [N, d], got {x.shape}.")
   if x1.shape != x2.shape:
     raise ValueError(f"{name1} and {name2} must have one shape, got {x1.shape} and {x2.shape}.")
-
-
-def _check_temperature(temperature):
-  if isinstance(temperature, jax.core.Tracer):
-    return
-  if temperature is None or isinstance(temperature, bool | str | complex) or jnp.ndim(temperature) != 0:
-    raise TypeError(f"temperature must be a positive number, got {temperature!r}.")
-  temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
-  if not (math.isfinite(temperature) and temperature > 0):
-    raise ValueError(f"temperature must be positive and finite, got {temperature}.")
-
-
-def _unit(x):
-  x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-  square = jnp.sum(x * x, axis=-1, keepdims=True)
-  # At x = 0 value and gradient are 0: without the `where` its gradient would be 1e6 times what comes in, no float16.
-  return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))

@@ -1,10 +1,10 @@
 """Self-distillation: match the student's distribution over prototypes to the teacher's (DINO)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ssl_jax.losses._common import check_float, check_temperature, wide
 
 
 def dino_loss(
@@ -43,8 +43,8 @@ def dino_loss(
   _check_logits("student", student, 3)
   _check_logits("teacher", teacher, 3)
   _check_logits("center", center, 1)
-  _check_temperature("student_temperature", student_temperature)
-  _check_temperature("teacher_temperature", teacher_temperature)
+  check_temperature("student_temperature", student_temperature)
+  check_temperature("teacher_temperature", teacher_temperature)
   views, teachers = student.shape[0], teacher.shape[0]
   if student.shape[1:] != teacher.shape[1:] or center.shape != student.shape[-1:]:
     raise ValueError(
@@ -56,8 +56,8 @@ def dino_loss(
     raise ValueError(
       f"dino_loss needs 1 <= T <= V and V >= 2, got T = {teachers} teacher and V = {views} student views."
     )
-  logits = _wide(student) / student_temperature
-  targets = jax.nn.softmax((_wide(teacher) - _wide(center)) / teacher_temperature, axis=-1)
+  logits = wide(student) / student_temperature
+  targets = jax.nn.softmax((wide(teacher) - wide(center)) / teacher_temperature, axis=-1)
   targets = lax.stop_gradient(targets)
   log_z = jax.nn.logsumexp(logits, axis=-1)  # [V, B]
   agreement = jnp.sum(logits * jnp.sum(targets, axis=0, keepdims=True), axis=-1)  # with all teacher views
@@ -90,28 +90,13 @@ def dino_center(
   _check_logits("teacher", teacher, 3)
   if center.shape != teacher.shape[-1:]:
     raise ValueError(f"center and teacher must be [K] and [T, B, K], got {center.shape} and {teacher.shape}.")
-  mean = jnp.mean(lax.stop_gradient(_wide(teacher)), axis=(0, 1))
+  mean = jnp.mean(lax.stop_gradient(wide(teacher)), axis=(0, 1))
   if axis_name is not None:
     mean = lax.pmean(mean, axis_name)
-  return momentum * lax.stop_gradient(_wide(center)) + (1 - momentum) * mean
+  return momentum * lax.stop_gradient(wide(center)) + (1 - momentum) * mean
 
 
 def _check_logits(name, x, ndim):
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+  check_float(name, x)
   if x.ndim != ndim:
     raise ValueError(f"{name} must have {ndim} axes, got shape {x.shape}.")
-
-
-def _check_temperature(name, temperature):
-  if isinstance(temperature, jax.core.Tracer):
-    return
-  if temperature is None or isinstance(temperature, bool | str | complex) or jnp.ndim(temperature) != 0:
-    raise TypeError(f"{name} must be a positive number, got {temperature!r}.")
-  temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
-  if not (math.isfinite(temperature) and temperature > 0):
-    raise ValueError(f"{name} must be positive and finite, got {temperature}.")
-
-
-def _wide(x):
-  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)

@@ -4,8 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
+
+from ssl_jax.losses._common import check_float, wide
 
 
 def mae_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, normalize_target: bool = True) -> jax.Array:
@@ -32,8 +33,7 @@ def mae_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, norma
   Reference: He et al., 2021, arXiv:2111.06377, section 3; `forward_loss` in models_mae.py of facebookresearch/mae.
   """
   for name, x in (("prediction", prediction), ("target", target)):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+    check_float(name, x)
   if prediction.ndim != 3 or prediction.shape != target.shape or mask.shape != prediction.shape[:2]:
     raise ValueError(
       "prediction and target must be [B, L, P] and mask [B, L], "
@@ -41,7 +41,7 @@ def mae_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, norma
     )
   if normalize_target and target.shape[-1] < 2:
     raise ValueError(f"a patch needs two values to be normalised, got P = {target.shape[-1]}.")
-  prediction, target = _wide(prediction), lax.stop_gradient(_wide(target))
+  prediction, target = wide(prediction), lax.stop_gradient(wide(target))
   if normalize_target:
     mean, var = jnp.mean(target, axis=-1, keepdims=True), jnp.var(target, axis=-1, keepdims=True, ddof=1)
     target = (target - mean) / jnp.sqrt(var + 1e-6)
@@ -60,7 +60,10 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
   """
   if images.ndim != 4 or patch_size < 1 or images.shape[1] % patch_size or images.shape[2] % patch_size:
     raise ValueError(f"patch_size={patch_size} does not divide images [B, H, W, C] of shape {images.shape}.")
-  return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+  b, height, width, c = images.shape
+  rows, columns, p = height // patch_size, width // patch_size, patch_size
+  patches = jnp.swapaxes(images.reshape(b, rows, p, columns, p, c), 2, 3)  # [b, rows, columns, p, p, c]
+  return patches.reshape(b, rows * columns, p * p * c)
 
 
 def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
@@ -72,8 +75,6 @@ def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
   side = math.isqrt(patches.shape[1]) if patches.ndim == 3 else 0
   if side < 1 or side * side != patches.shape[1] or patch_size < 1 or patches.shape[2] % patch_size**2:
     raise ValueError(f"patches of shape {patches.shape} are not [B, n n, p p C] with p = {patch_size}.")
-  return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=patch_size, q=patch_size)
-
-
-def _wide(x):
-  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+  b, p = len(patches), patch_size
+  pixels = jnp.swapaxes(patches.reshape(b, side, side, p, p, -1), 2, 3)  # [b, rows, p, columns, p, c]
+  return pixels.reshape(b, side * p, side * p, -1)

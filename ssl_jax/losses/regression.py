@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssl_jax.losses._common import check_float, unit
+
 
 def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
   r"""Squared distance of two L2-normalised vectors (BYOL), one direction.
@@ -28,16 +30,8 @@ def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
   deepmind-research.
   """
   for name, x in (("prediction", prediction), ("target", target)):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+    check_float(name, x)
   if prediction.shape != target.shape or prediction.size == 0:
     raise ValueError(f"prediction and target must have one shape [..., d], got {prediction.shape} and {target.shape}.")
-  distance = jnp.sum(jnp.square(_unit(prediction) - _unit(lax.stop_gradient(target))), axis=-1)
+  distance = jnp.sum(jnp.square(unit(prediction) - unit(lax.stop_gradient(target))), axis=-1)
   return jnp.mean(distance)
-
-
-def _unit(x):
-  x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-  square = jnp.sum(x * x, axis=-1, keepdims=True)
-  # At x = 0 value and gradient are 0: without the `where` its gradient would be 1e6 times what comes in, no float16.
-  return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))

@@ -1,0 +1,38 @@
+"""What the losses share: checks of what a caller passes in, float32, unit vectors."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def check_float(name: str, x: jax.Array) -> None:
+  """Raises TypeError unless an input is floating point."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+
+
+def check_temperature(name: str, temperature: Any) -> None:
+  """Raises TypeError or ValueError unless a temperature is a positive, finite number; a traced one passes."""
+  if isinstance(temperature, jax.core.Tracer):
+    return
+  if temperature is None or isinstance(temperature, bool | str | complex) or jnp.ndim(temperature) != 0:
+    raise TypeError(f"{name} must be a positive number, got {temperature!r}.")
+  temperature = float(temperature)  # a jax.Array would be compared under the caller's trace
+  if not (math.isfinite(temperature) and temperature > 0):
+    raise ValueError(f"{name} must be positive and finite, got {temperature}.")
+
+
+def wide(x: jax.Array) -> jax.Array:
+  """float32; float64 stays as it is."""
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Scales the last axis to unit norm in float32; a zero vector stays zero, with a gradient of zero."""
+  x = wide(x)
+  square = jnp.sum(x * x, axis=-1, keepdims=True)
+  # Without the `where` the gradient at 0 would be 1e6 times what comes in, which float16 does not hold.
+  return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))
