@@ -76,7 +76,7 @@ def steps_on(config, mesh, monkeypatch, n=3):
     batch = {"image": plan.train_set.images[step * 8 : step * 8 + 8]}
     state, row = plan.train_step(state, train.parallel.put_batch(mesh, batch))
     rows.append(jax.device_get(row))
-  assert plan.train_step._cache_size() == 1  # C135
+  assert plan.train_step._cache_size() == 1  # the second step is the first one's program
   return jax.device_get(state), rows
 
 
@@ -161,7 +161,8 @@ def test_a_step_is_the_same_however_the_batch_is_mapped(name, ways, mesh, monkey
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["moco_quickstart", *slow("quickstart", "mae_quickstart", "dino_quickstart"), *SLOW])
-def test_any_number_of_devices_gives_the_same_steps(name, devices, mesh, monkeypatch):  # C01, C03, C48
+def test_any_number_of_devices_gives_the_same_steps(name, devices, mesh, monkeypatch):
+  # Negatives without a gradient, gradients summed twice and norms of one device would all show.
   want, want_rows = steps_on(small(name), mesh(1), monkeypatch)
   got, rows = steps_on(small(name), mesh(devices), monkeypatch)
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
@@ -215,7 +216,8 @@ def test_checkpoints_of_a_sharded_state_are_read_whole_and_the_other_way_round(n
 
 
 @pytest.mark.parametrize("name", ["moco_quickstart", "dino_quickstart", *slow("mae_quickstart"), *SLOW])
-def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):  # C30, C32, C38
+def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
+  # Slow copy, queue and learning rate as well: each has once been lost in somebody's resume.
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
   monkeypatch.setattr(train.parallel, "make_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",)))
   for workdir, stops in (("whole", [None]), ("stopped", [3, 5, None])):
@@ -256,14 +258,14 @@ def test_the_encoders_output_does_not_depend_on_batch_mates(name, mesh, monkeypa
 
 
 @pytest.mark.parametrize("name", [*METHODS[:2], *METHODS[3:5], *SLOW])
-def test_slow_copies_are_arrays_of_their_own(name, mesh, monkeypatch):  # C116: donated state must not alias
+def test_slow_copies_are_arrays_of_their_own(name, mesh, monkeypatch):  # donated state must not alias
   monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(1))
   state = train.make_plan(small(name)).init()
   places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
   assert len(set(places)) == len(places)
 
 
-def test_a_uniform_teacher_and_a_single_prototype_are_told():  # C54, C56
+def test_a_uniform_teacher_and_a_single_prototype_are_told():
   fine = {"step": 5, "feature_std": 1.0, "effective_rank": 9.0, "alignment": 0.3}
   uniform = {**fine, "teacher_entropy": 0.999, "marginal_entropy": 1.0}
   assert "uniform" in metrics.collapse_warning(uniform)

@@ -214,7 +214,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("path, arguments", VARIANTS, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x.stem)
-def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):  # C131
+def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
   config = recipe(path, *arguments)
   method = methods.find(config.method.name).from_config(config, 100, 10)
   sizes = dict.fromkeys(view["size"] for view in config.views)

@@ -34,7 +34,7 @@ def test_batches_cut_the_epoch_and_drop_the_last_partial_one():
 
 
 def test_the_last_image_alone_makes_no_batch():
-  assert [len(data.batch_indices(65, 64, 0, step)) for step in range(3)] == [64, 64, 64]  # C52
+  assert [len(data.batch_indices(65, 64, 0, step)) for step in range(3)] == [64, 64, 64]
   assert set(data.batch_indices(65, 64, 0, 0)) != set(data.batch_indices(65, 64, 0, 1))
 
 
@@ -70,7 +70,7 @@ def test_consecutive_steps_shuffle_once_an_epoch(monkeypatch):
 @pytest.mark.parametrize(
   "kwargs, message",
   [
-    ({"n": 24, "batch_size": 64}, "got batch_size=64 and 24 images"),  # C90
+    ({"n": 24, "batch_size": 64}, "got batch_size=64 and 24 images"),
     ({"batch_size": 0}, "got batch_size=0 and 100 images"),
     ({"process_count": 3}, "a multiple of the 3 processes, got 10"),
     ({"seed": -1}, "seed must not be negative, got -1"),

@@ -35,7 +35,7 @@ def names_of(root, *names):
   return folder.find_images(root)
 
 
-def test_images_are_found_in_byte_order_without_what_is_hidden_or_none(tmp_path):  # C76, C80, C82
+def test_images_are_found_in_byte_order_without_what_is_hidden_or_none(tmp_path):
   wanted = ["B.JPG", "a b#%.png", "a/é.jpeg", "a/é.jfif", "b/c/d.webp", "ä.tiff", f"{'x' * 200}.bmp"]
   other = [".DS_Store", ".ipynb_checkpoints/a.png", "a/.hidden.jpg", "Thumbs.db", "notes.txt", "a/jpg"]
   (tmp_path / "empty").mkdir()
@@ -116,7 +116,7 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   out = capsys.readouterr().out
   assert "1 of the bank cannot be read or has no label" in out and "1 of the queries cannot be read" in out
   assert "k=30 is more than the 23 images of the bank: all of them vote\nk=30 " in out and "k=20 is" not in out
-  (photographs / "train" / "a" / "0.jpg").unlink()  # C94
+  (photographs / "train" / "a" / "0.jpg").unlink()  # a file less than when the run began
   with pytest.raises(UserError, match=r"the images are not those .*24 files.* now 23 files"):
     train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
 
@@ -132,7 +132,7 @@ def test_more_neighbours_than_the_bank_has_are_told_in_a_line(photographs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 16])
-def test_a_single_class_and_classes_of_one_image_train_and_have_an_accuracy(classes, tmp_path):  # C92
+def test_a_single_class_and_classes_of_one_image_train_and_have_an_accuracy(classes, tmp_path):
   for i in range(16):
     for split in ("train", "val"):
       photograph(tmp_path / split / f"c{i % classes}" / f"{i}.png", i)  # the same images: each finds itself
@@ -162,7 +162,7 @@ def test_microbatches_of_streamed_crops_are_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), run(microbatch), run(None))
 
 
-def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):  # C78
+def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):
   for i, name in enumerate("abc"):
     for j in range(2):
       photograph(tmp_path / "train" / name / f"{j}.png", 10 * i + j, (20, 16 + (i == 2)))

@@ -476,7 +476,7 @@ def test_huge_images_that_pillow_refuses_are_refused_with_the_number_of_pixels(f
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_memory_stays_bounded_at_and_above_the_limit(tmp_path):  # C86
+def test_memory_stays_bounded_at_and_above_the_limit_of_pixels(tmp_path):
   for name, size in (("above", (20000, 9500)), ("at", (17895, 10000))):
     PIL.Image.new("L", size, 7).save(tmp_path / name, "PNG", compress_level=1)
   code = """

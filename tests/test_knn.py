@@ -232,7 +232,7 @@ def test_accuracy_of_fewer_than_five_classes_is_defined():
   assert accuracy(np.ones((3, 1)), np.zeros(3, int), k=5) == {"top1": 100.0, "top5": 100.0}
 
 
-def test_a_single_class_and_classes_of_one_row_have_an_accuracy():  # C92
+def test_a_single_class_and_classes_of_one_row_have_an_accuracy():
   features, itself = draw(12)[0], np.arange(12)
   settings = dict(k=20, temperature=0.07)
   with pytest.warns(UserWarning, match="more than the bank's 12 rows"):

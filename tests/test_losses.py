@@ -97,7 +97,7 @@ def test_blocks_change_neither_value_nor_gradient(x64, block_size):
 
 
 @pytest.mark.parametrize(("n", "bound"), [(1024, 16), (16_384, 64), (32_768, 128)])
-def test_large_batches_need_memory_that_grows_with_the_batch_not_its_square(optimised, n, bound):  # C18
+def test_large_batches_need_memory_that_grows_with_the_batch_not_its_square(optimised, n, bound):
   z = jax.ShapeDtypeStruct((n, 128), jnp.float32)
   memory = loss_and_grads.lower(z, z).compile().memory_analysis()
   assert memory.temp_size_in_bytes < bound * 2**20  # the matrix of 2N x 2N would be 16, 4,096 and 16,384 MiB

@@ -122,13 +122,13 @@ def test_on_many_devices_the_keys_of_all_are_the_negatives(mesh, devices, queue)
   np.testing.assert_allclose(grad, want_grad, atol=1e-6)
 
 
-def test_moco_v3s_loss_of_constant_features():  # C26
+def test_moco_v3s_loss_of_constant_features():
   same = jnp.ones((8, 16))
   total = 2 * (2 * 0.2 * info_nce(same, same, temperature=0.2))
   np.testing.assert_allclose(total, 1.663553, atol=2e-6)
 
 
-def test_info_nce_of_one_image_needs_a_queue():  # C14
+def test_info_nce_of_one_image_needs_a_queue():
   one = jnp.ones((1, 4))
   with pytest.raises(ValueError, match="at least two images"):
     info_nce(one, one)
@@ -136,7 +136,7 @@ def test_info_nce_of_one_image_needs_a_queue():  # C14
 
 
 @pytest.mark.parametrize("temperature", [-1, 0, math.nan, math.inf, "0.1"])
-def test_every_loss_refuses_a_temperature_that_is_none(temperature):  # C16
+def test_every_loss_refuses_a_temperature_that_is_none(temperature):
   x, logits = jnp.ones((2, 4)), jnp.ones((2, 3, 4))
   for call in (
     lambda: info_nce(x, x, temperature=temperature),
@@ -187,7 +187,7 @@ def test_byol_loss_is_the_official_one(golden, dtype):
   gradients_close(grads[1], g["grad2"])
 
 
-def test_byol_loss_of_known_directions():  # C28
+def test_byol_loss_of_known_directions():
   a, b = map(jnp.float32, draw(0, 8, 16))
   np.testing.assert_allclose(byol_loss(a, b), 1.986127, atol=2e-6)
   e = jnp.eye(4)
@@ -227,7 +227,7 @@ def test_patchify_is_the_official_order_and_unpatchify_its_inverse(golden):
   np.testing.assert_array_equal(patchify(wide, 2)[0, 1].reshape(2, 2, 2), wide[0, :2, 2:4])
 
 
-def test_only_removed_patches_count_and_the_variance_is_unbiased():  # C22
+def test_only_removed_patches_count_and_the_variance_is_unbiased():
   target = np.random.default_rng(0).uniform(size=(1, 16, 48))
   mask = jnp.asarray([[1.0] * 12 + [0.0] * 4])
   zero, target = jnp.zeros((1, 16, 48)), jnp.float32(target)
@@ -266,7 +266,7 @@ def test_dino_loss_and_centre_are_the_official_ones(golden, dtype, name):
     np.testing.assert_allclose(after, g[f"center_after{i}"][0], atol=1e-7 if dtype == jnp.float32 else 1e-15)
 
 
-def test_dino_loss_centres_before_it_sharpens():  # C24
+def test_dino_loss_centres_before_it_sharpens():
   teacher, student = jnp.array([[[2.0, 1, 0], [0, 1, 2]]]), jnp.array([[[1.0, 0, 0], [0, 0, 1]]])
 
   def loss(center):

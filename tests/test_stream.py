@@ -58,7 +58,7 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize("threads, workers", [(0, 0), (3, 0), (1, 2)])
-def test_batches_depend_on_seed_and_step_alone_however_they_are_read_and_wherever_one_begins(threads, workers):  # C34
+def test_batches_depend_on_seed_and_step_alone_however_they_are_read_and_wherever_one_begins(threads, workers):
   want = read(Noise(13))
   assert_equal(read(Noise(13), 0, 4, threads, workers) + read(Noise(13), 4, 9, threads, workers), want)
   order = np.concatenate([batch["index"] for batch in want])
@@ -88,7 +88,7 @@ def test_processes_share_a_batch_in_order():
     assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), whole)
 
 
-def test_crops_differ_between_views_steps_places_and_seeds(monkeypatch):  # C112
+def test_crops_differ_between_views_steps_places_and_seeds(monkeypatch):
   monkeypatch.setattr(f"{__name__}.VIEWS", 2 * VIEWS[:1])  # of one description: only the randomness tells them apart
 
   class Same(Noise):
@@ -137,7 +137,7 @@ def test_boxes_are_distributed_as_torchvisions(golden, image_size, scale, key):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 300)])
-def test_tiny_and_narrow_images_are_enlarged(size):  # C84
+def test_tiny_and_narrow_images_are_enlarged(size):
   pixels = np.full((*size, 3), 77, np.uint8)
   for crop in stream.cut_views(pixels, VIEWS, (0,)):
     assert np.all(crop == 77)
@@ -240,7 +240,7 @@ def test_another_decoding_is_another_run():
 # What cannot be read.
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_that_can_be_read():  # C74
+def test_an_unreadable_image_is_replaced_by_the_next_that_can_be_read():
   good, some = read(Noise(13)), read(Noise(13, bad=(4, 5, 12)))
   replaced = {4: 6, 5: 6, 12: 0}
   for a, b in zip(good, some, strict=True):

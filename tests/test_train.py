@@ -257,7 +257,7 @@ def test_collapsed_features_are_told(cache, tmp_path, monkeypatch, capsys):
   assert "warning: the features have collapsed" in capsys.readouterr().out
 
 
-def test_a_folder_without_labels_trains_without_knn(tmp_path, capsys):  # C88
+def test_a_folder_without_labels_trains_without_knn(tmp_path, capsys):
   import PIL.Image
 
   for i in range(24):

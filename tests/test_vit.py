@@ -181,7 +181,7 @@ def nn_bound(x):
   return float(jnp.max(jnp.abs(x)))
 
 
-def test_images_that_do_not_cut_into_patches_are_refused():  # C119
+def test_images_that_do_not_cut_into_patches_are_refused():
   model = vit.ViT(patch_size=16, dim=12, depth=1, heads=3, image_size=32)
   with pytest.raises(ValueError, match="100x100 do not cut into patches of 16"):
     model.init(ONE, jnp.zeros((1, 100, 100, 3)), train=False)
