@@ -1,4 +1,4 @@
-"""info_nce, byol_loss, mae_loss, dino_loss: official numbers, the papers' formulas in NumPy, the cases of CASES."""
+"""info_nce, byol_loss, mae_loss, dino_loss: official numbers, the papers' formulas in NumPy, known cases."""
 
 import math
 
