@@ -14,94 +14,34 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jax import lax
 from ml_collections import config_flags
 
-from ssl_jax import augment, checkpoint, cluster, data, evaluate, flops, methods, metrics, optim, parallel, report
+from ssl_jax import (
+  build,
+  checkpoint,
+  cluster,
+  data,
+  evaluate,
+  flops,
+  metrics,
+  optim,
+  parallel,
+  report,
+  training,
+)
 from ssl_jax import config as configs
 from ssl_jax.cli import run, say
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import AXIS, Method
+from ssl_jax.methods.base import Method
+from ssl_jax.training import TrainState
 
 PICTURES = 8  # images that pictures are drawn of
-
-
-class TrainState(NamedTuple):
-  """Everything that the next step depends on, and so everything in a checkpoint."""
-
-  step: jax.Array  # int32, how many steps are done
-  params: Any
-  state: Any  # the method's
-  opt_state: Any
-
-
-def make_init(method: Method, optimizer: optax.GradientTransformation, views, image_shape, seed: int):
-  """Returns `() -> TrainState`; the views of one black image tell the shapes."""
-
-  def init():
-    keys = augment.example_keys(seed, jnp.int32(0), jnp.arange(1))
-    example = augment.make_views(keys, jnp.zeros((1, *image_shape), jnp.uint8), views)
-    params, state = method.init(jax.random.key(seed, impl="threefry2x32"), example)
-    return TrainState(jnp.int32(0), params, state, optimizer.init(params))
-
-  return init
-
-
-class Step(NamedTuple):
-  """One device's training step: (TrainState, {"image": uint8 [b, H, W, C]}) -> (TrainState, metrics), in two halves."""
-
-  gradient: Callable  # (TrainState, batch) -> (gradients, Aux) of this device's part of the batch
-  update: Callable  # (TrainState, gradients, Aux), of the whole batch by now -> (TrainState, metrics)
-
-  def __call__(self, train, batch):
-    grads, aux = self.gradient(train, batch)
-    return self.update(train, lax.pmean(grads, AXIS), parallel.combine(aux, AXIS))
-
-
-def make_step(method: Method, optimizer: optax.GradientTransformation, views, seed: int, microbatch: int | None = None):
-  """Returns the training step.
-
-  `microbatch` is how many images of the global batch are encoded at once; None: all.
-  """
-
-  def gradient(train, batch):
-    step, params, state, _ = train
-    images = batch["image"]  # or, where they are streamed, the crops of each resolution
-    b = jax.tree.leaves(images)[0].shape[0]
-    positions = lax.axis_index(AXIS) * b + jnp.arange(b)
-
-    def of_images(images, positions):
-      keys = augment.example_keys(seed, step, positions)
-      drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
-      (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
-      return grads, aux
-
-    # Where the loss is not a mean over examples, the method itself encodes by microbatches.
-    by_chunks = parallel.accumulate(of_images, microbatch, AXIS) if method.separable else of_images
-    return by_chunks(images, positions)
-
-  def update(train, grads, aux):
-    step, params, state, opt_state = train
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    state = method.update(params, state, aux, step)
-
-    marginal = aux.averages.get("marginal") if isinstance(aux.averages, dict) else None
-    row = aux.metrics | metrics.monitors(aux.examples["embedding"], marginal)
-    row["grad_norm"] = optax.tree.norm(grads)
-    # A step that is not finite changes nothing: the loop stops on it, and finds the state as it was.
-    finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"])
-    new = TrainState(step + 1, params, state, opt_state)
-    return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, train), row
-
-  return Step(gradient, update)
 
 
 class Plan(NamedTuple):
@@ -115,7 +55,7 @@ class Plan(NamedTuple):
   steps_per_epoch: int
   last_step: int  # of this run
   learning_rate: optax.Schedule
-  chance: float  # the loss of uninformative outputs
+  chance: float | None  # the loss of uninformative outputs, where there is such a value
   flops: int  # of a step, on all devices
   peak: float | None  # FLOP/s of all devices; None: not known
   method: Method
@@ -145,32 +85,27 @@ def make_plan(config) -> Plan:
   learning_rate = optim.schedule_from_config(config, steps, steps_per_epoch)
   optimizer = optim.from_config(config, learning_rate, steps, steps_per_epoch)
   views = configs.views(config)
-  module = methods.find(config.method.name)
   channels = config.data.channels
   image_shape = (views[0].size, views[0].size, channels) if train_set.is_streamed else train_set.images.shape[1:]
   try:
-    method, encoder = module.from_config(config, steps, steps_per_epoch), module.make_encoder(config)
-    init = make_init(method, optimizer, views, image_shape, config.seed)
-    step = make_step(method, optimizer, views, config.seed, config.microbatch)
+    method, encoder = build.method(config, steps, steps_per_epoch)
+    init = training.make_init(method, optimizer, views, image_shape, config.seed)
+    step = training.make_step(method, optimizer, views, config.seed, config.microbatch)
     state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
     optim.check_rules(config, state.params)
     if config.parallel.shard_state:
       state = parallel.sharded(state, mesh)
-      train_step = parallel.compile_sharded_step(step.gradient, step.update, state, mesh)
-    else:
-      train_step = parallel.compile_step(step, mesh)
+    train_step = training.compile_step(step, state, mesh)
     init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state))
-    images: Any = jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8)
-    if train_set.is_streamed:
-      counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
-      images = tuple(jax.ShapeDtypeStruct((config.batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
-    batch = parallel.abstract({"image": images}, parallel.split(mesh))
+    whole_images = None if train_set.is_streamed else image_shape
+    shapes = training.batch_shapes(views, config.batch_size, channels, whole_images)
+    batch = parallel.abstract(shapes, parallel.split(mesh))
     program = train_step.trace(state, batch)
-    if mesh.size > 1 or config.microbatch:  # What is done twice is no FLOPs of the model.
+    if config.microbatch and not method.separable:  # It encodes twice, and what is done twice is no FLOPs of the model.
       whole = config.copy_and_resolve_references()
       whole.microbatch = None
-      whole_step = make_step(module.from_config(whole, steps, steps_per_epoch), optimizer, views, config.seed)
-      program = parallel.trace_alone(whole_step, state, batch)
+      at_once = training.make_step(build.method(whole, steps, steps_per_epoch)[0], optimizer, views, config.seed)
+      program = training.compile_step(at_once, state, mesh).trace(state, batch)
     extractor = evaluate.Extractor(encoder, config, mesh, config.batch_size)
     shown = test_set or train_set
     for dataset in (bank or shown, shown):
@@ -181,7 +116,7 @@ def make_plan(config) -> Plan:
   except (TypeError, ValueError) as error:
     raise UserError(f"this recipe cannot be built: {error}") from error
   last_step = min(steps, config.stop_after_steps or steps)
-  chance = method.chance(config.batch_size)
+  chance = method.chance(config.batch_size) if method.chance else None
   device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
   costs = flops.count(program.jaxpr), device_peak and device_peak * mesh.size
   built = method, init, state, train_step, extractor, painter
@@ -297,7 +232,12 @@ def draw_pictures(
 
 
 def write_rows(
-  config, plan: Plan, writer: metrics.Writer | metrics.NoWriter, clock: metrics.Clock, waiting: list, train: TrainState
+  config,
+  plan: Plan,
+  writer: metrics.Writer | metrics.NoWriter,
+  clock: metrics.Clock,
+  waiting: list,
+  train: TrainState,
 ) -> None:
   """Looks at all waiting steps, writes the rows that are due, and empties the list."""
   for step, values in jax.device_get(waiting):

@@ -22,8 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-import train
-from ssl_jax import augment, methods, optim, parallel
+from ssl_jax import build, optim, parallel, training
 from ssl_jax import config as configs
 from ssl_jax.methods.base import AXIS
 
@@ -59,20 +58,14 @@ def compile_step(config, devices):
   optimizer = optim.from_config(
     config, optim.schedule_from_config(config, steps, steps_per_epoch), steps, steps_per_epoch
   )
-  method = methods.find(config.method.name).from_config(config, steps, steps_per_epoch)
-  init = train.make_init(method, optimizer, views, (views[0].size, views[0].size, 3), 0)
-  step = train.make_step(method, optimizer, views, 0, config.microbatch)
+  method = build.method(config, steps, steps_per_epoch)[0]
+  init = training.make_init(method, optimizer, views, (views[0].size, views[0].size, 3), 0)
+  step = training.make_step(method, optimizer, views, 0, config.microbatch)
   state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
   if config.parallel.shard_state:
     state = parallel.sharded(state, mesh)
-    program = parallel.compile_sharded_step(step.gradient, step.update, state, mesh)
-  else:
-    program = parallel.compile_step(step, mesh)
-  crops = tuple(
-    jax.ShapeDtypeStruct((config.batch_size, len(of), size, size, 3), np.uint8)
-    for size, of in augment.by_resolution(views).items()
-  )
-  return program.lower(state, parallel.abstract({"image": crops}, parallel.split(mesh))).compile()
+  batch = parallel.abstract(training.batch_shapes(views, config.batch_size, 3), parallel.split(mesh))
+  return training.compile_step(step, state, mesh).lower(state, batch).compile()
 
 
 def collectives(text, devices):

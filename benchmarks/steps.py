@@ -48,22 +48,22 @@ DECODER = dict(dim=192, depth=4, heads=3)
 def our_case(name, size, patch):
   """(method, views) of a case."""
   stem = "small" if size == 32 else "imagenet"
-  rate = optax.constant_schedule(0.01)
+  momentum = optax.constant_schedule(0.99)
   two = 2 * (View(size, **JITTER),)
   if name == "simclr":
     return simclr(resnet18(stem=stem), SimCLRProjector(features=128)), two
   if name == "moco":
-    run = dict(queue_size=QUEUE, temperature=0.2, key_rate=rate)
+    run = dict(queue_size=QUEUE, temperature=0.2, momentum=momentum)
     return moco(resnet18(stem=stem), MoCoHead(features=128), **run), two
   if name == "byol":
     mlp = functools.partial(Projector, hidden=4096, features=256, hidden_bias=True)
-    return byol(resnet18(stem=stem), mlp(), mlp(), target_rate=rate), two
+    return byol(resnet18(stem=stem), mlp(), mlp(), target_momentum=momentum), two
   encoder = functools.partial(vit_tiny, patch_size=patch, image_size=size)
   if name == "mae":
     return mae(encoder(positions="column_first"), MAEDecoder(3 * patch**2, **DECODER)), (View(size, scale=(0.2, 1.0)),)
   head = DINOHead(prototypes=PROTOTYPES)
   large, small = View(size, scale=(0.4, 1.0), **JITTER), View(size // 2, scale=(0.05, 0.4), **JITTER)
-  return dino(encoder(), head, teacher_temperature=optax.constant_schedule(0.04), teacher_rate=rate), (
+  return dino(encoder(), head, teacher_temperature=optax.constant_schedule(0.04), teacher_momentum=momentum), (
     *(2 * (large,)),
     *(LOCAL * (small,)),
   )

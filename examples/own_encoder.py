@@ -29,7 +29,9 @@ VIEWS = 2 * (augment.View(size=28, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.0, 0.0)
 def main(steps=100):
   images = data.load("fashion_mnist_mini", "train", channels=1).images
   head = dict(hidden=64, features=32)
-  method = ssl_jax.byol(MyEncoder(), Projector(**head), Projector(**head), target_rate=optax.constant_schedule(0.01))
+  method = ssl_jax.byol(
+    MyEncoder(), Projector(**head), Projector(**head), target_momentum=optax.constant_schedule(0.99)
+  )
   optimizer = optax.adam(1e-3)
 
   def draw(step, batch):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.dino import dino as dino
   from ssl_jax.methods.mae import mae as mae
   from ssl_jax.methods.moco import moco as moco
-  from ssl_jax.methods.moco import moco_v3 as moco_v3
+  from ssl_jax.methods.moco_v3 import moco_v3 as moco_v3
   from ssl_jax.methods.simclr import simclr as simclr
 
 _HOMES = {  # the module of each name
@@ -46,7 +46,7 @@ _HOMES = {  # the module of each name
   "mae_loss": "losses",
   "make_views": "augment",
   "moco": "methods.moco",
-  "moco_v3": "methods.moco",
+  "moco_v3": "methods.moco_v3",
   "nt_xent": "losses",
   "patchify": "losses",
   "read_image": "data.image",

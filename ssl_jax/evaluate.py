@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ssl_jax import augment, checkpoint, knn, methods, parallel
+from ssl_jax import augment, build, checkpoint, knn, parallel
 from ssl_jax import config as configs
 from ssl_jax.data import Dataset, stream
 from ssl_jax.errors import UserError
@@ -237,8 +237,7 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   step = next(iter(found), None) if step is None else step
   if step not in found:
     raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
-  module = methods.find(config.method.name)
-  method = module.from_config(config, 1, 1)
+  method, encoder = build.method(config, 1, 1)
   views = configs.views(config)
 
   def init():
@@ -252,4 +251,4 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
     raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
   variables = method.encoder(restored["params"], restored["state"])
-  return Restored(module.make_encoder(config), variables, step, config)
+  return Restored(encoder, variables, step, config)

@@ -152,7 +152,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def draw_curves(workdir: pathlib.Path, chance: float, title: str) -> None:
+def draw_curves(workdir: pathlib.Path, chance: float | None, title: str) -> None:
   """Draws curves.png from metrics.jsonl: the loss and its chance level, the k-NN, raw pixels' and guessing."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -165,7 +165,8 @@ def draw_curves(workdir: pathlib.Path, chance: float, title: str) -> None:
   losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
   if losses:
     left.plot(*np.array(losses).T, marker=None if len(losses) > 1 else "o", label="loss")  # One point has no line.
-  left.axhline(chance, color="gray", linestyle=":", label="chance")
+  if chance is not None:
+    left.axhline(chance, color="gray", linestyle=":", label="chance")
   left.set(xlabel="step", ylabel="loss")
   left.legend()
   scores = [(row["step"], row["knn_top1"]) for row in rows if "knn_top1" in row]

@@ -1,8 +1,4 @@
-"""One program for one device or a pod of hosts.
-
-A step is written as for `jax.pmap`: per-device code with a named axis. Since JAX 0.8 pmap is `jit(shard_map(...))`
-inside, and JAX asks new code to write the latter; so does `compile_step`. A test runs the same step under pmap.
-"""
+"""One program for one device or a pod of hosts: the mesh, shardings, and how parts of a batch are put together."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +11,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssl_jax.methods.base import AXIS, Aux
+from ssl_jax.methods.base import AXIS, Aux, Monitored
 
+MONITORED = 256  # examples whose embeddings the monitors look at, where a batch has more
 SMALLEST_SPLIT = 2**14  # entries: a collective of its own would cost more than the memory of smaller arrays is worth
 
 
@@ -50,23 +47,6 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def compile_step(step: Callable, mesh: Mesh) -> Callable:
-  """Compiles `step(state, batch) -> (state, metrics)`: state and metrics replicated, batch split, state donated.
-
-  check_vma=False keeps pmap's rule for gradients: `lax.pmean` of the per-device gradients is the gradient of the mean
-  loss. Under the default, JAX would have summed them already.
-  """
-  mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(P(), P()), check_vma=False)
-  return jax.jit(mapped, donate_argnums=0)
-
-
-def trace_alone(step: Callable, state: Any, batch: Any) -> Any:
-  """Traces the step as `compile_step` would compile it for one device with the whole batch."""
-  alone = Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
-  compiled: Any = compile_step(step, alone)
-  return compiled.trace(abstract(state, replicated(alone)), abstract(batch, split(alone)))
-
-
 def sharded(tree: Any, mesh: Mesh) -> Any:
   """The shapes of a tree, each large array split over the devices along its last axis that divides."""
 
@@ -83,37 +63,8 @@ def bytes_a_device(tree: Any) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_sharded_step(gradient: Callable, update: Callable, state: Any, mesh: Mesh) -> Callable:
-  """Compiles the two halves of a step with the state split over the devices, as `sharded` says (ZeRO).
-
-  The parameters and the method's state are gathered for `gradient`, per-device code on the named axis, whose gradients
-  are reduced and scattered. `update` is code on global arrays, which XLA splits: each device has a part of the
-  optimizer state and of the teacher, and makes a part of the update. The numbers are `compile_step`'s, but for the
-  order of sums.
-
-  Args:
-    gradient: (state, batch) -> (gradients, Aux), of one device's part of the batch.
-    update: (state, gradients, Aux) -> (state, metrics).
-    state: shapes of the TrainState with shardings.
-    mesh: its devices.
-  """
-  specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
-
-  def scattered(train, batch):
-    grads, aux = gradient(train, batch)
-    return jax.tree.map(_mean_part, grads, specs), combine(aux, AXIS)
-
-  mapped = jax.shard_map(scattered, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(specs, P()), check_vma=False)
-
-  def step(train, batch):
-    return update(train, *mapped(train._replace(opt_state=()), batch))
-
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-
-
-def _mean_part(x, spec):
-  """This device's part of the mean over devices."""
+def mean_part(x: jax.Array, spec: P) -> jax.Array:
+  """The mean over devices of what each has whole; of it, this device's part where `spec` splits it."""
   if AXIS not in spec:
     return lax.pmean(x, AXIS)
   return lax.psum_scatter(x, AXIS, scatter_dimension=spec.index(AXIS), tiled=True) / lax.axis_size(AXIS)
@@ -146,21 +97,38 @@ def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Ca
 
     def add(total, chunk):
       grads, aux = gradient(*chunk)
-      return jax.tree.map(jnp.add, total, (grads, aux.metrics, aux.averages)), aux.examples
+      averaged, concatenated = _by_kind(aux)
+      return jax.tree.map(jnp.add, total, (grads, averaged)), concatenated
 
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], chunks))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1].metrics, shapes[1].averages))
-    total, examples = lax.scan(add, zero, chunks)
-    grads, metrics, averages = jax.tree.map(lambda x: x / n, total)
-    return grads, Aux(metrics, averages, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), examples))
+    grads, aux = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], chunks))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, _by_kind(aux)[0]))
+    total, concatenated = lax.scan(add, zero, chunks)
+    grads, averaged = jax.tree.map(lambda x: x / n, total)
+    return grads, _from_kinds(averaged, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), concatenated))
 
   return accumulated
 
 
 def combine(aux: Aux, axis_name: str) -> Aux:
-  """Combines what each device's loss handed on: averages by pmean, examples by concatenation in global order."""
-  return Aux(
-    metrics=lax.pmean(aux.metrics, axis_name),
-    averages=lax.pmean(aux.averages, axis_name),
-    examples=jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), aux.examples),
-  )
+  """Combines what each device's loss handed on: averages by pmean, examples by concatenation in global order.
+
+  Of the monitored embeddings no more than `MONITORED` examples, evenly spaced, are gathered: their monitors are
+  estimates anyway, and all of a large batch's would be gathered at every step.
+  """
+  averaged, (examples, embedding) = _by_kind(aux)
+  if embedding is not None:
+    rows = embedding.shape[0]
+    embedding = embedding[:: max(1, min(rows * lax.axis_size(axis_name) // MONITORED, rows))]
+  gathered = jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), (examples, embedding))
+  return _from_kinds(lax.pmean(averaged, axis_name), gathered)
+
+
+def _by_kind(aux):
+  """((what is averaged), (what is concatenated))."""
+  embedding, marginal = aux.monitored or (None, None)
+  return (aux.metrics, aux.averages, marginal), (aux.examples, embedding)
+
+
+def _from_kinds(averaged, concatenated):
+  (metrics, averages, marginal), (examples, embedding) = averaged, concatenated
+  return Aux(metrics, averages, examples, None if embedding is None else Monitored(embedding, marginal))

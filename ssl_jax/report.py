@@ -27,8 +27,9 @@ def describe(config, plan: Any) -> list[str]:
     f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
     f"{flops.in_words(plan.flops)} a step" + (f" of the devices' {flops.in_words(plan.peak)}/s" if plan.peak else ""),
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak:g}, end {config.lr.end:g}",
-    f"loss at chance: {plan.chance:.4f}",
   ]
+  if plan.chance is not None:
+    lines.append(f"loss at chance: {plan.chance:.4f}")
   if channels not in (1, 3):
     lines.append(f"images of {channels} channels: colour jitter and grayscale are left out")
   if not plan.test_set:
@@ -45,9 +46,10 @@ def progress(config, plan: Any, row: dict) -> str:
   rate, share = row["images_per_second"], row["input_share"]
   used = f", MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
   waits = f", {100 * share:.0f} % of the time for input" if share > 0.05 else ""
+  chance = "" if plan.chance is None else f" (chance {plan.chance:.2f})"
   left = metrics.format_duration((plan.last_step - row["step"]) * config.batch_size / rate)
   return (
-    f"step {row['step']}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f} (chance {plan.chance:.2f})  "
+    f"step {row['step']}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}{chance}  "
     f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{used}{waits}  {left} left"
   )
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from runs import final_state
-from ssl_jax import augment, data, evaluate, metrics, parallel
+from ssl_jax import augment, build, data, evaluate, metrics, parallel
 from ssl_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def steps_on(config, mesh, monkeypatch, n=3):
 
 
 def one_step(method, axis, params, state, views, keys):
-  """A step of gradient descent as in `train.make_step`, on the mapped axis `axis` or, where it is None, on none."""
+  """A step of gradient descent as in `training.make_step`, on the mapped axis `axis` or, where it is None, on none."""
   (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, views, keys, 0)
   if axis:
     grads, aux = jax.lax.pmean(grads, axis), parallel.combine(aux, axis)
@@ -137,12 +137,9 @@ MORE_WAYS = [
 
 @pytest.mark.parametrize("ways", [WAYS, pytest.param(MORE_WAYS, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("name", ["moco_quickstart", "dino_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
-def test_a_step_is_the_same_however_the_batch_is_mapped(name, ways, mesh, monkeypatch):
+def test_a_step_is_the_same_however_the_batch_is_mapped(name, ways, mesh):
   config = small(name)
-  module = train.methods.find(config.method.name)
-  mapped = module.from_config(config, 8, 4)
-  monkeypatch.setattr(module, "AXIS", None, raising=False)  # MAE has no axis
-  plain = module.from_config(config, 8, 4)
+  (mapped, _), (plain, _) = build.method(config, 8, 4), build.method(config, 8, 4, axis_name=None)
   keys = augment.example_keys(0, jnp.int32(0), jnp.arange(8))
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), dtype=np.uint8)
   views = jax.jit(lambda: augment.make_views(keys, images, configs.views(config)))()
@@ -247,9 +244,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
 def test_the_encoders_output_does_not_depend_on_batch_mates(name, mesh, monkeypatch):
   config = small(name)
   state, _ = steps_on(config, mesh(1), monkeypatch, n=1)
-  module = train.methods.find(config.method.name)
-  variables = module.from_config(config, 8, 4).encoder(state.params, state.state)
-  encoder = module.make_encoder(config)
+  method, encoder = build.method(config, 8, 4)
+  variables = method.encoder(state.params, state.state)
   images = np.random.default_rng(1).uniform(size=(4, 16, 16, 1)).astype(np.float32)
   apply = jax.jit(lambda images: encoder.apply(variables, images, train=False))
   together = apply(images)

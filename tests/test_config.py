@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import train
-from ssl_jax import augment, data, methods, optim
+from ssl_jax import augment, build, data, optim
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 
@@ -130,7 +130,7 @@ def peak(config):
 
 def test_the_paper_recipes_build_the_papers_model():
   config = recipe(by_name("simclr_imagenet"))
-  method = methods.find("simclr").from_config(config, 1, 1)
+  method = build.method(config, 1, 1)[0]
   params, _ = jax.eval_shape(method.init, jax.random.key(0), (jax.ShapeDtypeStruct((2, 1, 224, 224, 3), np.float32),))
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
   assert count(params["encoder"]) == 23_508_032  # torchvision's ResNet-50 without its classifier
@@ -216,7 +216,7 @@ VARIANTS = [
 @pytest.mark.parametrize("path, arguments", VARIANTS, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x.stem)
 def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
   config = recipe(path, *arguments)
-  method = methods.find(config.method.name).from_config(config, 100, 10)
+  method = build.method(config, 100, 10)[0]
   sizes = dict.fromkeys(view["size"] for view in config.views)
   drawn = tuple(
     jax.ShapeDtypeStruct((sum(v["size"] == s for v in config.views), 1, s, s, config.data.channels), np.float32)

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train
-from ssl_jax import augment, methods, optim, parallel
+from ssl_jax import build, optim, parallel, training
 from ssl_jax import config as configs
 from ssl_jax.models import vit
 
@@ -115,14 +114,16 @@ RECIPES = [
 def test_every_methods_step_is_lowered_for_accelerators(name, backend, on, mesh):
   on(backend)
   config = recipe(name)
-  method = methods.find(config.method.name).from_config(config, 8, 4)
+  method = build.method(config, 8, 4)[0]
   config.lr.warmup_epochs = 1.0
   optimizer = optim.from_config(config, optim.schedule_from_config(config, 8, 4), 8, 4)
   views = configs.views(config)
-  state = jax.eval_shape(train.make_init(method, optimizer, views, (256, 256, 3), 0))
-  counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
-  crops = tuple(jax.ShapeDtypeStruct((64, v, size, size, 3), np.uint8) for size, v in counts.items())
-  step = parallel.compile_step(train.make_step(method, optimizer, views, 0), mesh(2))
-  text = step.trace(state, {"image": crops}).lower(lowering_platforms=(PLATFORMS[backend],)).as_text()
+  devices = mesh(2)
+  init = training.make_init(method, optimizer, views, (256, 256, 3), 0)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(devices))
+  step = training.compile_step(training.make_step(method, optimizer, views, 0), state, devices)
+  text = (
+    step.trace(state, training.batch_shapes(views, 64, 3)).lower(lowering_platforms=(PLATFORMS[backend],)).as_text()
+  )
   assert (FUSED in text) == (backend == "gpu" and config.encoder.name.startswith("vit"))
   assert "callback" not in text

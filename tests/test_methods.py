@@ -11,7 +11,7 @@ from trajectories import PRECISIONS, cast, error, make_step, named_variables, vi
 
 from ssl_jax import convert, optim, streams
 from ssl_jax.losses import mae_loss, patchify
-from ssl_jax.methods import byol, dino, mae, moco
+from ssl_jax.methods import byol, dino, mae, moco, moco_v3
 from ssl_jax.models import heads, resnet, vit
 from ssl_jax.models.mae import MAEDecoder
 
@@ -36,7 +36,7 @@ def test_moco_v2_is_the_official_codes(golden, dtype, losses, probes):
   g, dtype = golden("moco_v2_trajectory"), jnp.dtype(dtype)
   network = heads.Network(resnet.resnet18(bn_group_size=16, dtype=dtype), heads.MoCoHead(features=32, dtype=dtype))
   method = moco.moco(
-    network.encoder, network.projector, queue_size=64, temperature=0.2, key_rate=optax.constant_schedule(0.1)
+    network.encoder, network.projector, queue_size=64, temperature=0.2, momentum=optax.constant_schedule(0.9)
   )
   params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 64, 64, 3)),))
   shapes = {"params": params, "batch_stats": state.batch_stats}
@@ -69,18 +69,18 @@ def test_moco_v3_is_the_official_codes(golden, dtype, losses, probes):
   mlp = dict(hidden=64, features=32, last_norm="plain", dtype=dtype)
   network = heads.PredictorNetwork(encoder, heads.Projector(layers=3, **mlp), heads.Projector(**mlp))
   momentum, rates = jnp.asarray(g["momentum"]), jnp.asarray(g["lr"])
-  method = moco.moco_v3(
+  method = moco_v3.moco_v3(
     encoder,
     network.projector,
     network.predictor,
     temperature=0.2,
-    momentum_rate=lambda step: 1 - momentum[jnp.minimum(step, 9)],
+    momentum=lambda step: momentum[jnp.minimum(step, 9)],
   )
   params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 32, 32, 3)),))
   rename = {r"^encoder\.": "base_encoder.", r"^projector\.": "base_encoder.head."}
   start = named_variables({"params": params, "batch_stats": state.batch_stats}, "moco_v3/", rename, dtype)
   params, stats = start["params"], start["batch_stats"]
-  state = moco.MoCoV3State(heads.without_predictor(params), stats, heads.without_predictor(stats))
+  state = moco_v3.MoCoV3State(heads.without_predictor(params), stats, heads.without_predictor(stats))
 
   rules = dict(optimizer=dict(name="adamw", weight_decay=0.1), frozen=(r"encoder/patch_embed/.*",))
   optimizer = optim.from_config(ml_collections.ConfigDict(rules), lambda step: rates[step], 10, 10)
@@ -106,7 +106,7 @@ def test_byol_is_the_pytorch_references(golden, dtype, losses, probes):
   mlp = dict(hidden=64, features=32, hidden_bias=True, dtype=dtype)
   network = heads.PredictorNetwork(resnet.resnet18(dtype=dtype), heads.Projector(**mlp), heads.Projector(**mlp))
   parts = network.encoder, network.projector, network.predictor
-  method = byol.byol(*parts, target_rate=lambda i: 0.1 * (jnp.cos(jnp.pi * i / 6) + 1) / 2)
+  method = byol.byol(*parts, target_momentum=lambda i: 1 - 0.1 * (jnp.cos(jnp.pi * i / 6) + 1) / 2)
   params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 64, 64, 3)),))
   shapes = {"params": params, "batch_stats": state.batch_stats}
   online = named_variables(shapes, "byol/online.", {}, dtype)
@@ -204,7 +204,7 @@ def test_maes_loss_is_its_parts(tiny_mae):
   value, aux = gradient_free(params, state, drawn, KEYS[:4], 0)
   noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.MASK), (16,)))(KEYS[:4])
   np.testing.assert_allclose(value, jax.jit(loss)(params, drawn[0][0], noise)[0], rtol=1e-6)
-  assert aux.examples["embedding"].shape == (4, 1, 32)
+  assert aux.monitored.embedding.shape == (4, 1, 32)
   again, _ = gradient_free(params, state, drawn, KEYS[4:8], 0)
   assert again != value  # other keys, other masks
 
@@ -227,7 +227,7 @@ def test_dino_is_its_algorithm_in_numpy():
     Linear(5),
     LinearHead(7),
     teacher_temperature=lambda step: jnp.asarray(temperature)[step],
-    teacher_rate=lambda step: jnp.asarray(rate)[step],
+    teacher_momentum=lambda step: 1 - jnp.asarray(rate)[step],
   )
   with jax.enable_x64(True):
     params = cast({"encoder": {"kernel": w["encoder"]}, "head": {"last_layer": {"kernel": w["last"]}}}, jnp.float64)
@@ -327,7 +327,7 @@ def test_dinos_schedules_are_the_official_ones(golden):
 
 @pytest.mark.parametrize("size, batch", [(64, 16), (40, 16), (24, 16), (10, 16)])
 def test_the_queue_holds_the_newest_keys_for_any_size_and_batch(size, batch):
-  method = moco.moco(Flat(), Flat(), queue_size=size, temperature=0.2, key_rate=optax.constant_schedule(0.01))
+  method = moco.moco(Flat(), Flat(), queue_size=size, temperature=0.2, momentum=optax.constant_schedule(0.99))
   drawn = (jax.random.normal(KEYS[0], (2, batch, 2, 2, 1)),)
   params, state = method.init(KEYS[1], drawn)
   written = []

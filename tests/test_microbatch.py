@@ -6,9 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-import train
-from ssl_jax import augment, parallel
-from ssl_jax.methods import byol, dino, mae, moco, simclr
+from ssl_jax import augment, parallel, training
+from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simclr
 from ssl_jax.methods.base import AXIS
 from ssl_jax.models import heads, norm, vit
 from ssl_jax.models.mae import MAEDecoder
@@ -45,31 +44,31 @@ class Head(heads.nn.Module):
 
 
 def make(name, microbatch, batch_norm=False):
-  encoder, rate = Encoder(batch_norm), optax.constant_schedule(0.1)
+  encoder, momentum = Encoder(batch_norm), optax.constant_schedule(0.9)
   over = dict(axis_name=AXIS)
   if name == "simclr":
     return simclr.simclr(encoder, Head(), temperature=0.5, microbatch=microbatch, **over)
   if name == "moco":
-    return moco.moco(encoder, Head(), queue_size=12, temperature=0.5, key_rate=rate, **over)
+    return moco.moco(encoder, Head(), queue_size=12, temperature=0.5, momentum=momentum, **over)
   if name == "moco_v3":
     parts = encoder, Head(), Head()
-    return moco.moco_v3(*parts, temperature=0.5, momentum_rate=rate, microbatch=microbatch, **over)
+    return moco_v3.moco_v3(*parts, temperature=0.5, momentum=momentum, microbatch=microbatch, **over)
   if name == "byol":
-    return byol.byol(encoder, Head(), Head(), target_rate=rate)
+    return byol.byol(encoder, Head(), Head(), target_momentum=momentum)
   if name == "mae":
     tiny = vit.ViT(patch_size=4, dim=8, depth=1, heads=2, image_size=12, positions="column_first")
     return mae.mae(tiny, MAEDecoder(16, dim=8, depth=1, heads=2))
   head = heads.DINOHead(hidden=8, bottleneck=4, prototypes=9)
-  return dino.dino(encoder, head, teacher_temperature=optax.constant_schedule(0.04), teacher_rate=rate)
+  return dino.dino(encoder, head, teacher_temperature=optax.constant_schedule(0.04), teacher_momentum=momentum)
 
 
 def one_step(name, devices, microbatch, batch_norm=False):
   """(state after a step of gradient descent, metrics)."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
   method, optimizer = make(name, microbatch, batch_norm), optax.sgd(1.0)
-  with_axis = jax.vmap(lambda _: train.make_init(method, optimizer, VIEWS[name], (14, 14, 1), 0)(), axis_name=AXIS)
+  with_axis = jax.vmap(lambda _: training.make_init(method, optimizer, VIEWS[name], (14, 14, 1), 0)(), axis_name=AXIS)
   state = jax.device_put(jax.tree.map(lambda x: x[0], jax.jit(with_axis)(jnp.arange(1))), parallel.replicated(mesh))
-  step = parallel.compile_step(train.make_step(method, optimizer, VIEWS[name], 0, microbatch), mesh)
+  step = training.compile_step(training.make_step(method, optimizer, VIEWS[name], 0, microbatch), state, mesh)
   return jax.device_get(step(state, parallel.put_batch(mesh, {"image": IMAGES})))
 
 
@@ -121,7 +120,7 @@ def test_the_gradient_of_separable_chunks_is_the_mean_of_the_chunks_gradients():
   assert_alike(grads, mean(grads1, grads2))
   assert_alike(aux.averages, mean(aux1.averages, aux2.averages))
   assert_alike(aux.metrics, mean(aux1.metrics, aux2.metrics))
-  np.testing.assert_allclose(aux.examples["embedding"][4:], aux2.examples["embedding"], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(aux.monitored.embedding[4:], aux2.monitored.embedding, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow  # test_simclr has one
@@ -133,13 +132,13 @@ def test_a_microbatch_bounds_the_memory_of_the_step(name):
     encoder = vit.ViT(patch_size=4, dim=32, depth=2, heads=2, image_size=32, positions="column_first")
     method, optimizer = mae.mae(encoder, MAEDecoder(48, dim=32, depth=1, heads=2)), optax.sgd(1.0)
     if name == "moco_v3":
-      method = moco.moco_v3(
-        encoder, Head(), Head(), temperature=1.0, momentum_rate=lambda _: 0.1, axis_name=AXIS, microbatch=microbatch
+      method = moco_v3.moco_v3(
+        encoder, Head(), Head(), temperature=1.0, momentum=lambda _: 0.9, axis_name=AXIS, microbatch=microbatch
       )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (AXIS,))
-    init = train.make_init(method, optimizer, views, (32, 32, 3), 0)
+    init = training.make_init(method, optimizer, views, (32, 32, 3), 0)
     state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
-    step = parallel.compile_step(train.make_step(method, optimizer, views, 0, microbatch), mesh)
+    step = training.compile_step(training.make_step(method, optimizer, views, 0, microbatch), state, mesh)
     batch = {"image": jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8, sharding=parallel.split(mesh))}
     return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax.sharding import PartitionSpec as P
 
-import train
-from ssl_jax import checkpoint, optim, parallel
+from ssl_jax import checkpoint, optim, parallel, training
 from ssl_jax.augment import View
-from ssl_jax.methods.base import AXIS, Aux
+from ssl_jax.methods.base import AXIS, Aux, Monitored
 from ssl_jax.methods.simclr import simclr
 from ssl_jax.models import resnet
 from ssl_jax.models.heads import SimCLRProjector
@@ -25,14 +24,15 @@ def replicate(tree, mesh):
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_the_mean_of_the_devices_gradients_is_the_gradient_of_the_mean_loss(mesh, devices):
-  def step(w, batch):
-    loss, grad = jax.value_and_grad(lambda w: jnp.mean(jnp.square(batch @ w)))(w)
-    return lax.pmean(grad, AXIS), {"loss": lax.pmean(loss, AXIS)}
+  def gradient(train, batch):
+    loss, grad = jax.value_and_grad(lambda w: jnp.mean(jnp.square(batch @ w)))(train.params)
+    return grad, Aux({"loss": loss})
 
   x = np.arange(12, dtype=np.float32).reshape(4, 3)
   mesh = mesh(devices)
-  w = replicate(np.ones(3, np.float32), mesh)
-  grad, row = parallel.compile_step(step, mesh)(w, parallel.put_batch(mesh, x))
+  state = replicate(training.TrainState(0, np.ones(3, np.float32), (), ()), mesh)
+  step = training.Step(gradient, lambda train, grad, aux: (train._replace(params=grad), aux.metrics))
+  (_, grad, *_), row = training.compile_step(step, state, mesh)(state, parallel.put_batch(mesh, x))
   np.testing.assert_array_equal(grad, [216, 249, 282])  # [432, 498, 564] on two devices where JAX sums as well
   assert row["loss"] == np.mean(x.sum(axis=1) ** 2)
 
@@ -40,18 +40,33 @@ def test_the_mean_of_the_devices_gradients_is_the_gradient_of_the_mean_loss(mesh
 def test_aux_is_averaged_or_concatenated_in_global_order(mesh):
   mesh = mesh(4)
 
-  def step(state, x):
-    aux = Aux({"loss": jnp.mean(x)}, averages={"mean": jnp.mean(x, axis=0)}, examples={"embedding": 2 * x})
-    return state, parallel.combine(aux, AXIS)
+  def combined(x):
+    monitored = Monitored(x[:, None], jnp.mean(x, axis=0))
+    aux = Aux({"loss": jnp.mean(x)}, {"mean": jnp.mean(x, axis=0)}, {"key": 2 * x}, monitored)
+    return parallel.combine(aux, AXIS)
 
   x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-  _, aux = parallel.compile_step(step, mesh)(replicate(np.zeros(1), mesh), parallel.put_batch(mesh, x))
+  aux = jax.jit(jax.shard_map(combined, mesh=mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False))(x)
   np.testing.assert_allclose(aux.metrics["loss"], x.mean(), rtol=1e-6)  # float32
   np.testing.assert_allclose(aux.averages["mean"], x.mean(axis=0), rtol=1e-5, atol=1e-7)
-  np.testing.assert_array_equal(aux.examples["embedding"], 2 * x)
+  np.testing.assert_array_equal(aux.examples["key"], 2 * x)
+  np.testing.assert_array_equal(aux.monitored.embedding, x[:, None])
+  np.testing.assert_allclose(aux.monitored.marginal, x.mean(axis=0), rtol=1e-5, atol=1e-7)
   for leaf in jax.tree.leaves(aux):
     for shard in leaf.addressable_shards:
       np.testing.assert_array_equal(shard.data, leaf)  # whole on every device
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_of_a_large_batch_some_evenly_spaced_examples_are_monitored(devices, mesh, monkeypatch):
+  monkeypatch.setattr(parallel, "MONITORED", 8)
+  x = np.arange(32, dtype=np.float32)
+
+  def embedding(x):
+    return parallel.combine(Aux({}, monitored=Monitored(x[:, None, None])), AXIS).monitored.embedding
+
+  mapped = jax.shard_map(embedding, mesh=mesh(devices), in_specs=P(AXIS), out_specs=P(), check_vma=False)
+  np.testing.assert_array_equal(jax.jit(mapped)(x)[:, 0, 0], x[::4])  # whatever the number of devices
 
 
 def test_a_map_returns_every_row_in_global_order_on_every_device(mesh):
@@ -107,7 +122,7 @@ def make_parts():
     functools.partial(optim.decayed, no_decay=(".*/bias", ".*/scale")),
     weight_decay=1e-4,
   )
-  return train.make_init(method, optimizer, VIEWS, (12, 12, 3), 0), train.make_step(method, optimizer, VIEWS, 0)
+  return training.make_init(method, optimizer, VIEWS, (12, 12, 3), 0), training.make_step(method, optimizer, VIEWS, 0)
 
 
 def batches():
@@ -119,8 +134,9 @@ def trained(way, devices):
   """(losses, final state, first state's leaves, the compiled step) after a few steps."""
   init, step = make_parts()
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+  first = state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
   if way == "compile_step":
-    compiled = parallel.compile_step(step, mesh)
+    compiled = training.compile_step(step, first, mesh)
     put = functools.partial(parallel.put_batch, mesh)
   else:
     compiled = jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=jax.devices()[:devices])
@@ -128,7 +144,6 @@ def trained(way, devices):
     def put(batch):
       return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
-  first = state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
   rows = []
   for images in batches():
     state, row = compiled(state, put({"image": images}))
@@ -158,7 +173,6 @@ def test_training_is_the_same_on_any_number_of_devices(devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_pmap_trains_to_the_same_numbers(devices):
-  # Bit for bit here: pmap is the same program.
   assert_trained_alike(trained("pmap", devices), trained("compile_step", devices), metrics=1e-6, state=1e-6)
 
 

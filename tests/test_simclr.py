@@ -14,9 +14,8 @@ from einops import rearrange
 from flax import traverse_util
 from named_weights import named_images, named_weight
 
-from ssl_jax import convert, optim
+from ssl_jax import build, convert, optim
 from ssl_jax.losses import nt_xent
-from ssl_jax.methods import simclr as module
 from ssl_jax.methods.simclr import SimCLRState, simclr
 from ssl_jax.models import resnet
 from ssl_jax.models.heads import Network, SimCLRProjector
@@ -138,7 +137,7 @@ def test_both_views_go_through_one_forward_and_the_loss_is_twice_nt_xent(x64):
   z, changed = Network(Encoder(), Projector()).apply(variables, rows, train=True, mutable=["batch_stats"])
   np.testing.assert_allclose(aux.metrics["loss"], nt_xent(z[:8], z[8:], temperature=0.3), rtol=1e-12)
   np.testing.assert_allclose(loss, 2 * aux.metrics["loss"], rtol=1e-15)
-  np.testing.assert_allclose(aux.examples["embedding"], np.stack([z[:8], z[8:]], axis=1), rtol=0, atol=1e-12)
+  np.testing.assert_allclose(aux.monitored.embedding, np.stack([z[:8], z[8:]], axis=1), rtol=0, atol=1e-12)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), aux.averages, changed["batch_stats"])
 
   moved = method.update(params, state, aux, 0)
@@ -200,7 +199,7 @@ def test_microbatches_without_batch_norm_are_the_whole_batch(x64, microbatch):
   (got, got_aux), got_grads = run(parts, params, state, views)
   np.testing.assert_allclose(got, loss, rtol=1e-13)  # float64, another order of summation
   jax.tree.map(functools.partial(assert_near_largest, rtol=1e-12), got_grads, grads)
-  np.testing.assert_allclose(got_aux.examples["embedding"], aux.examples["embedding"], rtol=0, atol=1e-13)
+  np.testing.assert_allclose(got_aux.monitored.embedding, aux.monitored.embedding, rtol=0, atol=1e-13)
   assert got_aux.averages == aux.averages == {}
 
 
@@ -282,6 +281,7 @@ def config():
   return ml_collections.ConfigDict(
     dict(
       dtype="float32",
+      data=dict(channels=3),
       views=2 * (dict(size=32),),
       microbatch=None,
       encoder=dict(name="resnet", stages=(1, 1), width=0.5, stem="small"),
@@ -292,7 +292,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def created(config):
-  method = module.from_config(config, 10, 5)
+  method, _ = build.method(config, 10, 5)
   params, _ = init(method, draw_views(1, np.float32))
   return {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
 
@@ -327,7 +327,7 @@ def test_the_projector_starts_normal_with_deviation_a_hundredth_and_its_last_nor
 
 
 def test_a_recipes_encoder_is_the_one_that_is_trained(config, created):
-  encoder = module.make_encoder(config)
+  _, encoder = build.method(config, 10, 5)
   params = jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.zeros((1, 6, 6, 3)), train=True))["params"]
   names = {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
   prefix = "encoder/"

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from test_all_methods import SLOW, few_images, slow, small  # noqa: F401
 
 import train
-from ssl_jax import flops
+from ssl_jax import build, flops
 from ssl_jax.methods.base import AXIS
 
 # How many images of each example the slow copy encodes.
@@ -46,8 +46,7 @@ def test_a_narrow_step_keeps_its_state_wide_and_never_asks_the_host(name, mesh, 
 @pytest.mark.parametrize("name", ["dino_quickstart", "moco_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
 def test_a_step_costs_three_passes_of_what_is_trained_and_one_of_the_slow_copy(name):
   config = small(name)
-  module = train.methods.find(config.method.name)
-  method = module.from_config(config, 8, 4)
+  method, encoder = build.method(config, 8, 4)
   sizes = [view["size"] for view in config.views]
   views = tuple(jnp.zeros((sizes.count(size), 8, size, size, 1)) for size in dict.fromkeys(sizes))
   keys = jax.random.split(jax.random.key(0), 8)
@@ -58,7 +57,7 @@ def test_a_step_costs_three_passes_of_what_is_trained_and_one_of_the_slow_copy(n
 
   forward = count(method.loss, params, state, views, keys, 0)
   step = count(jax.value_and_grad(method.loss, has_aux=True), params, state, views, keys, 0)
-  encode = functools.partial(module.make_encoder(config).apply, train=True, mutable=["batch_stats"])
+  encode = functools.partial(encoder.apply, train=True, mutable=["batch_stats"])
   variables = {"params": params["encoder"], "batch_stats": getattr(state, "batch_stats", {})}
   if "encoder" in variables["batch_stats"]:
     variables["batch_stats"] = variables["batch_stats"]["encoder"]

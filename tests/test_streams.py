@@ -56,7 +56,7 @@ def dropped_paths():
 
   constant = optax.constant_schedule(0.1)
   head = heads.DINOHead(hidden=4, bottleneck=3, prototypes=5)
-  method = dino.dino(Encoder(), head, teacher_temperature=constant, teacher_rate=constant)
+  method = dino.dino(Encoder(), head, teacher_temperature=constant, teacher_momentum=constant)
   images = (jnp.ones((2, N, 2, 2, 1)), jnp.ones((3, N, 1, 1, 1)))
   method.loss(*method.init(KEYS[0], images), images, KEYS, 0)
   of_views = np.concatenate([np.asarray(u).reshape(2, 2, -1, N) for u in seen], axis=2)
@@ -98,7 +98,7 @@ def test_the_queue_starts_with_numbers_that_no_step_draws():
   head = heads.MoCoHead(features=4)
   schedule = optax.constant_schedule(0.1)
   encoder = nn.Sequential([lambda x, train: jnp.mean(x, axis=(1, 2))])
-  method = moco.moco(encoder, head, queue_size=8, temperature=0.2, key_rate=schedule)
+  method = moco.moco(encoder, head, queue_size=8, temperature=0.2, momentum=schedule)
   _, state = method.init(key, (jnp.ones((2, 1, 2, 2, 3)),))
   for step in range(4):  # A step folds the run's key with its number, and `split` does the same with 0 and 1.
     drawn = heads.unit(jax.random.normal(jax.random.fold_in(key, step), (8, 4)))

@@ -13,7 +13,7 @@ import pytest
 
 import train
 from runs import ROOT, SMALL, assert_same_run, checksums, finish, rows, start, wait_for_save, wait_for_step
-from ssl_jax import checkpoint, metrics
+from ssl_jax import build, checkpoint, metrics, training
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 
@@ -187,8 +187,8 @@ def configs_of(workdir):
 
 def abstract_state(config):
   optimizer = train.optim.from_config(config, lambda step: 0.0, 20, 8)
-  module = train.methods.find(config.method.name)
-  init = train.make_init(module.from_config(config, 20, 8), optimizer, configs.views(config), (28, 28, 1), config.seed)
+  method, _ = build.method(config, 20, 8)
+  init = training.make_init(method, optimizer, configs.views(config), (28, 28, 1), config.seed)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))._asdict()
 
@@ -219,19 +219,20 @@ def test_more_devices_give_the_same_run_and_read_its_checkpoints(unbroken, cache
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(cache, tmp_path, monkeypatch):
   config = small_config(steps=12)
-  make_step = train.make_step
+  make_step = training.make_step
 
   def poisoned(*args):
-    step = make_step(*args)
+    gradient, update = make_step(*args)
 
-    def with_nan(state, batch):
+    def with_nan(state, grads, aux):
       kernel = state.params["encoder"]["layer1_0"]["conv1"]["kernel"]
       state.params["encoder"]["layer1_0"]["conv1"]["kernel"] = jax.numpy.where(state.step == 6, jax.numpy.nan, kernel)
-      return step(state, batch)
+      grads = jax.tree.map(lambda g: jax.numpy.where(state.step == 6, jax.numpy.nan, g), grads)
+      return update(state, grads, aux)
 
-    return with_nan
+    return training.Step(gradient, with_nan)
 
-  monkeypatch.setattr(train, "make_step", poisoned)
+  monkeypatch.setattr(training, "make_step", poisoned)
   with pytest.raises(UserError, match=r"step 7 is not finite \(.*loss.*\).*params/encoder/layer1_0/conv1/kernel"):
     train.main(config, tmp_path / "run")
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["4"]

@@ -15,10 +15,9 @@ import pytest
 from named_weights import named_weight
 from trajectories import named_variables
 
-import train
+from ssl_jax import build, convert, optim, parallel, training
 from ssl_jax import config as configs
-from ssl_jax import convert, methods, optim, parallel
-from ssl_jax.methods import byol, dino, mae, moco, simclr
+from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simclr
 from ssl_jax.models.heads import without_predictor
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -116,7 +115,7 @@ def started(run, shapes):
     queue = jnp.asarray(queue / np.linalg.norm(queue, axis=1, keepdims=True))
     return params, moco.MoCoState(params, stats, stats, queue, jnp.int32(0), jnp.int32(0))
   if run in ("moco_v3", "moco_v3_vit"):
-    return params, moco.MoCoV3State(without_predictor(params), stats, without_predictor(stats))
+    return params, moco_v3.MoCoV3State(without_predictor(params), stats, without_predictor(stats))
   if run == "byol":
     target = {name: without_predictor(tree) for name, tree in own.items()}
     target = named_variables(target, f"{run}/target/", {}, jnp.float64)
@@ -143,16 +142,16 @@ def test_six_steps_are_pytorchs(run, golden, mesh):
   g = golden("steps")
   with jax.enable_x64(True):
     config = recipe(run)
-    method = methods.find(config.method.name).from_config(config, TOTAL, EPOCH)
+    method = build.method(config, TOTAL, EPOCH)[0]
     optimizer = optim.from_config(config, optim.schedule_from_config(config, TOTAL, EPOCH), TOTAL, EPOCH)
     views, devices = configs.views(config), mesh(2)
-    shapes = jax.eval_shape(train.make_init(method, optimizer, views, (SIDE, SIDE, 3), config.seed))
+    shapes = jax.eval_shape(training.make_init(method, optimizer, views, (SIDE, SIDE, 3), config.seed))
     optim.check_rules(config, shapes.params)
     params, state = started(run, (shapes.params, shapes.state))
     before = by_name(params, state)
-    step = parallel.compile_step(train.make_step(method, optimizer, views, config.seed), devices)
-    now = train.TrainState(jnp.int32(0), params, state, optimizer.init(params))
+    now = training.TrainState(jnp.int32(0), params, state, optimizer.init(params))
     now = jax.device_put(jax.tree.map(jnp.copy, now), parallel.replicated(devices))
+    step = training.compile_step(training.make_step(method, optimizer, views, config.seed), now, devices)
     losses = []
     for t in range(STEPS):
       now, row = step(now, parallel.put_batch(devices, {"image": g[f"pixels{t}"]}))

@@ -1,14 +1,32 @@
 """The contract of a method: pure functions, in the order in which a training step calls them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from einops import rearrange
 from jax import lax
 
+from ssl_jax.augment import View
+from ssl_jax.errors import UserError
+
 AXIS = "batch"  # the mapped axis of the training step, over which the global batch is split
+
+
+class Monitored(NamedTuple):
+  """What the collapse monitors look at (`metrics.monitors`). It is not trained on.
+
+  Attributes:
+    embedding: float [b, v, d], of one or two views of each example and of any norm; concatenated, but over devices only
+      some evenly spaced examples.
+    marginal: float [K], the mean distribution over prototypes, averaged; None: the method has no prototypes.
+  """
+
+  embedding: jax.Array
+  marginal: jax.Array | None = None
 
 
 class Aux(NamedTuple):
@@ -16,15 +34,15 @@ class Aux(NamedTuple):
 
   Attributes:
     metrics: scalars by name, averaged. "loss" is the paper's loss.
-    averages: pytree, averaged: batch statistics. "marginal" [K], where there is one, is the mean distribution over
-      prototypes, whose entropy is a collapse monitor.
-    examples: pytree of [b, ...] arrays, concatenated. "embedding" [b, v, d], of one or two views of each example and of
-      any norm, feeds the collapse monitors.
+    averages: pytree, averaged: batch statistics, DINO's centre.
+    examples: pytree of [b, ...] arrays, concatenated: MoCo's keys.
+    monitored: see `Monitored`; None: there is nothing to monitor.
   """
 
   metrics: dict[str, jax.Array]
   averages: Any = ()
   examples: Any = ()
+  monitored: Monitored | None = None
 
 
 class Init(Protocol):
@@ -76,7 +94,7 @@ class Method(NamedTuple):
     init, loss, update, encoder: see their protocols.
     separable: whether the loss of a batch is a mean over its examples, so that the training step may take the gradient
       of one microbatch after the other. Where it is not, the method encodes by microbatches itself (`in_chunks`).
-    chance: value of metrics["loss"] for uninformative outputs at a given global batch size.
+    chance: value of metrics["loss"] for uninformative outputs at a given global batch size; None: there is none.
     pictures: see its protocol; None where there is nothing to see.
   """
 
@@ -85,8 +103,52 @@ class Method(NamedTuple):
   update: Update
   encoder: Encoder
   separable: bool
-  chance: Callable[[int], float]
+  chance: Callable[[int], float] | None = None
   pictures: Pictures | None = None
+
+
+class Context(NamedTuple):
+  """What a method's `from_config` gets beside its own section of a recipe.
+
+  Attributes:
+    encoder: `encoder(resnet=..., vit=...)` builds the recipe's encoder with what the method sets for its family; None
+      for a family that the method does not take (`models.make`).
+    is_vit: which family that is.
+    views: the recipe's views.
+    channels: of the images.
+    steps, steps_per_epoch: of the schedules.
+    dtype: of the computation.
+    microbatch: how many images of the global batch are encoded at once; None: all.
+    axis_name: mapped axis over which the batch is split.
+  """
+
+  encoder: Callable[..., nn.Module]
+  is_vit: bool
+  views: Sequence[View]
+  channels: int
+  steps: int
+  steps_per_epoch: int
+  dtype: Any
+  microbatch: int | None = None
+  axis_name: str | None = AXIS
+
+
+def check_two_views(name: str, views: Sequence[View]) -> None:
+  """Raises UserError unless a recipe has two views of one size."""
+  sizes = [view.size for view in views]
+  if len(sizes) != 2 or sizes[0] != sizes[1]:
+    raise UserError(f"{name} takes two views of one size, got sizes {sizes}.")
+
+
+def cosine_momentum(first: float, steps: int) -> optax.Schedule:
+  """m(t) = 1 - (1 - m0) (1 + cos(pi t / T)) / 2, from m0 to 1: of BYOL's, MoCo v3's and DINO's slow networks."""
+  rate = optax.cosine_decay_schedule(1 - first, steps)
+  return lambda step: 1 - rate(step)
+
+
+def of_encoder(params: Any, batch_stats: Any) -> dict[str, Any]:
+  """The encoder's variables out of a network's parameters and batch statistics."""
+  return {"params": params["encoder"], "batch_stats": batch_stats.get("encoder", {})}
 
 
 def in_chunks(

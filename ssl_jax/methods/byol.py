@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from ssl_jax import models
-from ssl_jax.errors import UserError
 from ssl_jax.losses import byol_loss
-from ssl_jax.methods.base import AXIS, Aux, Method
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, cosine_momentum, of_encoder
 from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
 
 # haiku's default, in the ResNet and the MLPs: normal of deviation 1 / sqrt(fan_in), cut at two of them, uncorrected.
@@ -33,36 +31,44 @@ class BYOLState:
   target_batch_stats: Any
 
 
-def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, target_rate: optax.Schedule) -> Method:
+def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, target_momentum: optax.Schedule) -> Method:
   """Builds BYOL.
 
   Args:
     encoder, projector, predictor: modules called as `module(x, train=...)`.
-    target_rate: 1 - tau per step, the weight of the online network in the target's average.
+    target_momentum: tau per step, the weight of the target network in its own average.
   """
   network = PredictorNetwork(encoder, projector, predictor)
 
+  def online(params, state, views):
+    """[2, b, h, w, c] -> ((projections, predictions) [2, b, d], the running statistics)."""
+    return view_by_view(network, params, state.batch_stats, views)
+
+  def target(state, views):
+    """[2, b, h, w, c] -> (projections [2, b, d], the running statistics)."""
+    return view_by_view(network, state.target_params, state.target_batch_stats, views, "project")
+
   def init(key, views):
     online_key, target_key = jax.random.split(key)  # The official target starts from a seed of its own.
-    online, target = (network.init(k, views[0][0], train=True) for k in (online_key, target_key))
-    stats = online.get("batch_stats", {})
-    return online["params"], BYOLState(without_predictor(target["params"]), stats, without_predictor(stats))
+    variables, slow = (network.init(k, views[0][0], train=True) for k in (online_key, target_key))
+    stats = variables.get("batch_stats", {})
+    return variables["params"], BYOLState(without_predictor(slow["params"]), stats, without_predictor(stats))
 
   def loss(params, state, views, keys, step):
     del keys, step  # No dropout, no schedule.
-    (projection, prediction), batch_stats = view_by_view(network, params, state.batch_stats, None, views[0])
-    target, target_stats = view_by_view(network, state.target_params, state.target_batch_stats, "project", views[0])
-    value = byol_loss(prediction[0], target[1]) + byol_loss(prediction[1], target[0])
-    averages = {"batch_stats": batch_stats, "target_batch_stats": target_stats}
-    embedding = jnp.stack(list(projection), axis=1)
-    return value, Aux({"loss": value}, averages, {"embedding": embedding})
+    (projection, prediction), batch_stats = online(params, state, views[0])
+    target_projection, target_batch_stats = target(state, views[0])
+    value = byol_loss(prediction[0], target_projection[1]) + byol_loss(prediction[1], target_projection[0])
+    averages = {"batch_stats": batch_stats, "target_batch_stats": target_batch_stats}
+    return value, Aux({"loss": value}, averages, monitored=Monitored(jnp.stack(list(projection), axis=1)))
 
   def update(params, state, aux, step):
-    target_params = optax.incremental_update(without_predictor(params), state.target_params, target_rate(step))
+    rate = 1 - target_momentum(step)
+    target_params = optax.incremental_update(without_predictor(params), state.target_params, rate)
     return state.replace(target_params=target_params, **aux.averages)
 
   def encoder_variables(params, state):
-    return {"params": params["encoder"], "batch_stats": state.batch_stats.get("encoder", {})}
+    return of_encoder(params, state.batch_stats)
 
   def chance(batch_size):
     del batch_size
@@ -71,19 +77,15 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
 
 
-def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
-  """Builds BYOL as a recipe describes it."""
-  del steps_per_epoch
-  sizes = [view["size"] for view in config.views]
-  if len(sizes) != 2 or sizes[0] != sizes[1]:
-    raise UserError(f"byol takes two views of one size, got sizes {sizes}.")
-  mlp = dict(config.method.mlp, hidden_bias=True, kernel_init=haiku_init)
-  mlp |= dict(axis_name=AXIS, dtype=jnp.dtype(config.dtype))
-  # tau(t) = 1 - (1 - tau0) (cos(pi t / T) + 1) / 2
-  rate = optax.cosine_decay_schedule(1 - config.method.target_momentum, steps)
-  return byol(make_encoder(config), Projector(**mlp), Projector(**mlp), target_rate=rate)
+def from_config(settings: Any, context: Context) -> Method:
+  """Builds BYOL as a recipe's `method` section describes it."""
+  check_two_views("byol", context.views)
+  mlp = dict(settings.mlp, hidden_bias=True, kernel_init=haiku_init, axis_name=context.axis_name, dtype=context.dtype)
+  momentum = cosine_momentum(settings.target_momentum, context.steps)
+  return byol(make_encoder(settings, context), Projector(**mlp), Projector(**mlp), target_momentum=momentum)
 
 
-def make_encoder(config: Any) -> nn.Module:
+def make_encoder(settings: Any, context: Context) -> nn.Module:
   """The recipe's encoder with the official initialisation and shortcuts, for training and for evaluation."""
-  return models.make(config, axis_name=AXIS, resnet=dict(conv_init=haiku_init, project_first=True))
+  del settings
+  return context.encoder(resnet=dict(conv_init=haiku_init, project_first=True))

@@ -16,11 +16,11 @@ from einops import rearrange
 from flax import struct
 from jax import lax
 
-from ssl_jax import models, streams
+from ssl_jax import streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import dino_center, dino_loss
-from ssl_jax.methods.base import AXIS, Aux, Method
-from ssl_jax.models.heads import DINOHead
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, cosine_momentum
+from ssl_jax.models.heads import DINOHead, train_pass
 
 
 @struct.dataclass
@@ -45,7 +45,7 @@ def dino(
   head: DINOHead,
   *,
   teacher_temperature: optax.Schedule,
-  teacher_rate: optax.Schedule,
+  teacher_momentum: optax.Schedule,
   student_temperature: float = 0.1,
   center_momentum: float = 0.9,
 ) -> Method:
@@ -55,7 +55,7 @@ def dino(
     encoder: called as `encoder(x, train=...)`; a ViT with a drop path rate also gets `uniforms`.
     head: called as `head(features)`.
     teacher_temperature: per step.
-    teacher_rate: 1 - m per step, the weight of the student in the teacher's average.
+    teacher_momentum: m per step, the weight of the teacher in its own average.
     student_temperature, center_momentum: of `dino_loss` and `dino_center`. The loop averages the centre over devices.
   """
 
@@ -64,13 +64,11 @@ def dino(
     features, count = [], 0
     for crops in views:
       v = crops.shape[0]
-      variables = {"params": params["encoder"], "batch_stats": batch_stats}
       dropped = {} if keys is None else drop_path_uniforms(keys, count, v)
-      output, changed = encoder.apply(
-        variables, rearrange(crops, "v b h w c -> (v b) h w c"), train=True, mutable=["batch_stats"], **dropped
-      )
+      images = rearrange(crops, "v b h w c -> (v b) h w c")
+      output, batch_stats = train_pass(encoder, params["encoder"], batch_stats, images, **dropped)
       features.append(rearrange(output, "(v b) d -> v b d", v=v))
-      batch_stats, count = changed.get("batch_stats", {}), count + v
+      count += v
     stacked = jnp.concatenate(features)
     logits = head.apply({"params": params["head"]}, rearrange(stacked, "v b d -> (v b) d"))
     return rearrange(logits, "(v b) k -> v b k", v=count), stacked, batch_stats
@@ -113,14 +111,12 @@ def dino(
       "center_norm": jnp.linalg.norm(state.center),
     }
     averages = {"center": center, "batch_stats": batch_stats, "teacher_batch_stats": teacher_stats}
-    averages["marginal"] = jnp.mean(jnp.exp(log_p), axis=(0, 1))  # for the monitors
-    embedding = rearrange(features[:2], "v b d -> b v d")
-    return value, Aux(metrics, averages, {"embedding": lax.stop_gradient(embedding)})
+    embedding = rearrange(lax.stop_gradient(features[:2]), "v b d -> b v d")
+    return value, Aux(metrics, averages, monitored=Monitored(embedding, jnp.mean(jnp.exp(log_p), axis=(0, 1))))
 
   def update(params, state, aux, step):
-    teacher_params = optax.incremental_update(params, state.teacher_params, teacher_rate(step))
-    averages = {name: value for name, value in aux.averages.items() if name != "marginal"}
-    return state.replace(teacher_params=teacher_params, **averages)
+    teacher_params = optax.incremental_update(params, state.teacher_params, 1 - teacher_momentum(step))
+    return state.replace(teacher_params=teacher_params, **aux.averages)
 
   def encoder_variables(params, state):
     del params  # The paper evaluates the teacher.
@@ -142,10 +138,9 @@ def dino(
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=picture)
 
 
-def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
-  """Builds DINO as a recipe describes it."""
-  settings = config.method
-  sizes = [view["size"] for view in config.views]
+def from_config(settings: Any, context: Context) -> Method:
+  """Builds DINO as a recipe's `method` section describes it."""
+  sizes = [view.size for view in context.views]
   if len(sizes) < 2 or sizes[0] != sizes[1] or len(set(sizes)) > 2 or sizes.count(sizes[0]) != 2:
     raise UserError(f"dino takes two global views of one size and local views of another, got sizes {sizes}.")
   warm = settings.teacher_temperature_warmup_epochs
@@ -157,20 +152,19 @@ def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
   temperatures = jnp.array([*ramp, settings.teacher_temperature])
 
   def teacher_temperature(step):  # by epoch, as in the official code
-    return temperatures[jnp.minimum(step // steps_per_epoch, warm)]
+    return temperatures[jnp.minimum(step // context.steps_per_epoch, warm)]
 
-  head = DINOHead(**settings.head, dtype=jnp.dtype(config.dtype))
   return dino(
-    make_encoder(config),
-    head,
+    make_encoder(settings, context),
+    DINOHead(**settings.head, dtype=context.dtype),
     teacher_temperature=teacher_temperature,
-    # m(t) = 1 - (1 - m0) (1 + cos(pi t / T)) / 2
-    teacher_rate=optax.cosine_decay_schedule(1 - settings.teacher_momentum, steps),
+    teacher_momentum=cosine_momentum(settings.teacher_momentum, context.steps),
     student_temperature=settings.student_temperature,
     center_momentum=settings.center_momentum,
   )
 
 
-def make_encoder(config: Any) -> nn.Module:
+def make_encoder(settings: Any, context: Context) -> nn.Module:
   """The recipe's encoder with the official initialisation, for training and for evaluation."""
-  return models.make(config, axis_name=AXIS, resnet={}, vit={})
+  del settings
+  return context.encoder(resnet={}, vit={})

@@ -3,7 +3,6 @@
 Official code: facebookresearch/mae, main_pretrain.py and models_mae.py.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,12 +11,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from ssl_jax import models, streams
+from ssl_jax import streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import mae_loss, patchify
-from ssl_jax.methods.base import Aux, Method
+from ssl_jax.methods.base import Aux, Context, Method, Monitored
 from ssl_jax.models.mae import MAEDecoder
-from ssl_jax.models.vit import ViT
+from ssl_jax.models.vit import ViT, patch_xavier
 
 
 @struct.dataclass
@@ -88,8 +87,8 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     target = patchify(images, patch)
     prediction, mask, tokens = forward(params, images, draw_noise(keys, target.shape[1]))
     value = mae_loss(prediction, target, mask, normalize_target=normalize_target)
-    embedding = jnp.mean(tokens[:, 1:], axis=1, keepdims=True)
-    return value, Aux({"loss": value}, examples={"embedding": embedding})
+    monitored = Monitored(jnp.mean(tokens[:, 1:], axis=1, keepdims=True))
+    return value, Aux({"loss": value}, monitored=monitored)
 
   def update(params, state, aux, step):
     del params, aux, step
@@ -114,27 +113,23 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
 
     return MAEPictures(images, put_into_removed(jnp.mean(images)), put_into_removed(prediction))
 
-  def chance(batch_size):
-    del batch_size
-    return 1.0 if normalize_target else math.nan  # what the mean of a normalised patch leaves; else the data's variance
-
+  # A normalised patch has variance 1, which its mean leaves; pixels as they are have one that the data decide.
+  chance = (lambda batch_size: 1.0) if normalize_target else None
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=pictures)
 
 
-def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
-  """Builds MAE as a recipe describes it."""
-  del steps, steps_per_epoch
-  if len(config.views) != 1:
-    raise UserError(f"mae takes one view, got {len(config.views)}.")
-  encoder = make_encoder(config)
-  decoder = MAEDecoder(
-    encoder.patch_size**2 * config.data.channels, **config.method.decoder, dtype=jnp.dtype(config.dtype)
-  )
-  return mae(encoder, decoder, mask_ratio=config.method.mask_ratio, normalize_target=config.method.normalize_target)
+def from_config(settings: Any, context: Context) -> Method:
+  """Builds MAE as a recipe's `method` section describes it."""
+  if len(context.views) != 1:
+    raise UserError(f"mae takes one view, got {len(context.views)}.")
+  encoder = make_encoder(settings, context)
+  decoder = MAEDecoder(encoder.patch_size**2 * context.channels, **settings.decoder, dtype=context.dtype)
+  return mae(encoder, decoder, mask_ratio=settings.mask_ratio, normalize_target=settings.normalize_target)
 
 
-def make_encoder(config: Any) -> Any:
+def make_encoder(settings: Any, context: Context) -> Any:
   """The recipe's encoder with the official initialisation, for training and for evaluation."""
+  del settings
   xavier = nn.initializers.xavier_uniform()
-  vit = dict(positions="column_first", kernel_init=xavier, qkv_init=xavier, patch_init=models.vit.patch_xavier)
-  return models.make(config, vit=vit)
+  inits = dict(kernel_init=xavier, qkv_init=xavier, patch_init=patch_xavier)
+  return context.encoder(vit=dict(positions="column_first", **inits))

@@ -12,15 +12,12 @@ from typing import Any
 
 import chex
 import flax.linen as nn
-import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from ssl_jax import models
-from ssl_jax.errors import UserError
 from ssl_jax.losses import nt_xent
-from ssl_jax.methods.base import AXIS, Aux, Method, in_chunks
-from ssl_jax.models.heads import Network, SimCLRProjector
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, in_chunks, of_encoder
+from ssl_jax.models.heads import Network, SimCLRProjector, train_pass
 
 # model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -54,10 +51,8 @@ def simclr(
   def forward(params, batch_stats, views):
     """[2, b, h, w, c] -> projections [2, b, d] and the new running statistics."""
     chex.assert_shape(views, (2, None, None, None, None))
-    variables = {"params": params, "batch_stats": batch_stats}
-    images = rearrange(views, "v b h w c -> (v b) h w c")
-    z, changed = network.apply(variables, images, train=True, mutable=["batch_stats"])
-    return rearrange(z, "(v b) d -> v b d", v=2), changed.get("batch_stats", {})
+    z, batch_stats = train_pass(network, params, batch_stats, rearrange(views, "v b h w c -> (v b) h w c"))
+    return rearrange(z, "(v b) d -> v b d", v=2), batch_stats
 
   def init(key, views):
     variables = network.init(key, views[0][0], train=True)
@@ -68,15 +63,15 @@ def simclr(
     encode = functools.partial(forward, params, state.batch_stats)
     z, batch_stats = in_chunks(encode, views[0], microbatch, axis_name)
     value = nt_xent(z[0], z[1], temperature=temperature, axis_name=axis_name)
-    embedding = rearrange(z, "v b d -> b v d")
-    return 2 * value, Aux({"loss": value}, averages=batch_stats, examples={"embedding": embedding})
+    monitored = Monitored(rearrange(z, "v b d -> b v d"))
+    return 2 * value, Aux({"loss": value}, averages=batch_stats, monitored=monitored)
 
   def update(params, state, aux, step):
     del params, step
     return state.replace(batch_stats=aux.averages)
 
   def encoder_variables(params, state):
-    return {"params": params["encoder"], "batch_stats": state.batch_stats.get("encoder", {})}
+    return of_encoder(params, state.batch_stats)
 
   def chance(batch_size):
     return math.log(2 * batch_size - 1)
@@ -84,25 +79,21 @@ def simclr(
   return Method(init, loss, update, encoder_variables, separable=False, chance=chance)
 
 
-def from_config(config: Any, steps: int, steps_per_epoch: int) -> Method:
-  """Builds SimCLR as a recipe describes it; the steps are for methods with schedules."""
-  del steps, steps_per_epoch
-  sizes = [view["size"] for view in config.views]
-  if len(sizes) != 2 or sizes[0] != sizes[1]:
-    raise UserError(f"simclr takes two views of one size, got sizes {sizes}.")
-  dtype = jnp.dtype(config.dtype)
-  encoder = make_encoder(config)
-  projector = SimCLRProjector(**config.method.projector, axis_name=AXIS, dtype=dtype)
+def from_config(settings: Any, context: Context) -> Method:
+  """Builds SimCLR as a recipe's `method` section describes it."""
+  check_two_views("simclr", context.views)
+  axis_name = context.axis_name
   return simclr(
-    encoder,
-    projector,
-    temperature=config.method.temperature,
-    axis_name=AXIS,
-    microbatch=config.microbatch,
+    make_encoder(settings, context),
+    SimCLRProjector(**settings.projector, axis_name=axis_name, dtype=context.dtype),
+    temperature=settings.temperature,
+    axis_name=axis_name,
+    microbatch=context.microbatch,
   )
 
 
-def make_encoder(config: Any) -> nn.Module:
+def make_encoder(settings: Any, context: Context) -> nn.Module:
   """The recipe's encoder with the official initialisation and shortcuts, for training and for evaluation."""
+  del settings
   resnet = dict(conv_init=conv_init, last_scale_init=nn.initializers.zeros, project_first=True)
-  return models.make(config, axis_name=AXIS, resnet=resnet, vit={})
+  return context.encoder(resnet=resnet, vit={})

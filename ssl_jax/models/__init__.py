@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
 from ssl_jax.models import heads as heads
@@ -29,34 +28,40 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make(
-  config: Any,
+  encoder: Any,
   *,
+  method: str,
+  image_size: int,
+  dtype: Any,
   axis_name: str | None = None,
   resnet: dict[str, Any] | None = None,
   vit: dict[str, Any] | None = None,
 ) -> nn.Module:
-  """Builds the encoder that `config.encoder` names; its arguments there come before the method's.
+  """Builds the encoder that a recipe's `encoder` section names; its arguments there come before the method's.
 
   Args:
-    config: a recipe.
+    encoder: the section.
+    method: the name of the method, for errors.
+    image_size: of the first view, for a ViT's positions.
+    dtype: of the computation.
     axis_name: for batch norm.
     resnet, vit: what the method sets for this family; None: the method does not take it.
 
   Raises:
     UserError: the name or an argument does not exist, or the method does not take this encoder.
   """
-  arguments = dict(config.encoder)
+  arguments = dict(encoder)
   name = arguments.pop("name")
   if name not in ENCODERS:
     near = difflib.get_close_matches(name, ENCODERS, 1, 0)[0]
     raise UserError(f"encoder.name={name!r} does not exist; did you mean {near!r}? Known: {', '.join(ENCODERS)}.")
-  settings: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype))
+  settings: dict[str, Any] = dict(dtype=dtype)
   if name.startswith("resnet"):
     family, settings["axis_name"] = resnet, axis_name
   else:
-    family, settings["image_size"] = vit, config.views[0]["size"]
+    family, settings["image_size"] = vit, image_size
   if family is None:
-    raise UserError(f"method {config.method.name} does not take the encoder {name!r}.")
+    raise UserError(f"method {method} does not take the encoder {name!r}.")
   try:
     return ENCODERS[name](**{**settings, **family, **arguments})
   except TypeError as error:

@@ -153,8 +153,17 @@ class PredictorNetwork(nn.Module):
     return self.projector(self.encoder(images, train=train), train=train)
 
 
+def train_pass(
+  network: nn.Module, params: Any, batch_stats: Any, images: jax.Array, method: str | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+  """Applies a network in training mode. Returns (outputs, the running statistics after it, {} where it has none)."""
+  variables = {"params": params, "batch_stats": batch_stats}
+  output, changed = network.apply(variables, images, train=True, mutable=["batch_stats"], method=method, **kwargs)
+  return output, changed.get("batch_stats", {})
+
+
 def view_by_view(
-  network: nn.Module, params: Any, batch_stats: Any, method: str | None, views: jax.Array
+  network: nn.Module, params: Any, batch_stats: Any, views: jax.Array, method: str | None = None
 ) -> tuple[Any, Any]:
   """Applies a network to [v, b, h, w, c] in one training pass a view, so that batch norm sees the views apart.
 
@@ -163,10 +172,8 @@ def view_by_view(
   """
   outputs = []
   for view in views:
-    variables = {"params": params, "batch_stats": batch_stats}
-    output, changed = network.apply(variables, view, train=True, mutable=["batch_stats"], method=method)
+    output, batch_stats = train_pass(network, params, batch_stats, view, method)
     outputs.append(output)
-    batch_stats = changed.get("batch_stats", {})
   return jax.tree.map(lambda *x: jnp.stack(x), *outputs), batch_stats
 
 
