@@ -29,7 +29,7 @@ from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import DINOProjectionHead
 from torch import nn
 
-from ssl_jax import augment, byol, dino, mae, moco, simclr
+from ssl_jax import augment, byol, constant_momentum, dino, mae, moco, simclr
 from ssl_jax.augment import View
 from ssl_jax.models.heads import DINOHead, MoCoHead, Projector, SimCLRProjector
 from ssl_jax.models.mae import MAEDecoder
@@ -48,7 +48,7 @@ DECODER = dict(dim=192, depth=4, heads=3)
 def our_case(name, size, patch):
   """(method, views) of a case."""
   stem = "small" if size == 32 else "imagenet"
-  momentum = optax.constant_schedule(0.99)
+  momentum = constant_momentum(0.99)
   two = 2 * (View(size, **JITTER),)
   if name == "simclr":
     return simclr(resnet18(stem=stem), SimCLRProjector(features=128)), two

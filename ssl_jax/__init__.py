@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.losses import unpatchify as unpatchify
   from ssl_jax.methods.base import Aux as Aux
   from ssl_jax.methods.base import Method as Method
+  from ssl_jax.methods.base import Momentum as Momentum
+  from ssl_jax.methods.base import constant_momentum as constant_momentum
+  from ssl_jax.methods.base import cosine_momentum as cosine_momentum
   from ssl_jax.methods.byol import byol as byol
   from ssl_jax.methods.dino import dino as dino
   from ssl_jax.methods.mae import mae as mae
@@ -34,9 +37,12 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
 _HOMES = {  # the module of each name
   "Aux": "methods.base",
   "Method": "methods.base",
+  "Momentum": "methods.base",
   "View": "augment",
   "byol": "methods.byol",
   "byol_loss": "losses",
+  "constant_momentum": "methods.base",
+  "cosine_momentum": "methods.base",
   "dino": "methods.dino",
   "dino_center": "losses",
   "dino_loss": "losses",

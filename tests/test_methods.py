@@ -12,6 +12,7 @@ from trajectories import PRECISIONS, cast, error, make_step, named_variables, vi
 from ssl_jax import convert, optim, streams
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods import byol, dino, mae, moco, moco_v3
+from ssl_jax.methods.base import Momentum, constant_momentum, cosine_momentum
 from ssl_jax.models import heads, resnet, vit
 from ssl_jax.models.mae import MAEDecoder
 
@@ -36,7 +37,7 @@ def test_moco_v2_is_the_official_codes(golden, dtype, losses, probes):
   g, dtype = golden("moco_v2_trajectory"), jnp.dtype(dtype)
   network = heads.Network(resnet.resnet18(bn_group_size=16, dtype=dtype), heads.MoCoHead(features=32, dtype=dtype))
   method = moco.moco(
-    network.encoder, network.projector, queue_size=64, temperature=0.2, momentum=optax.constant_schedule(0.9)
+    network.encoder, network.projector, queue_size=64, temperature=0.2, momentum=constant_momentum(0.9)
   )
   params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 64, 64, 3)),))
   shapes = {"params": params, "batch_stats": state.batch_stats}
@@ -74,7 +75,7 @@ def test_moco_v3_is_the_official_codes(golden, dtype, losses, probes):
     network.projector,
     network.predictor,
     temperature=0.2,
-    momentum=lambda step: momentum[jnp.minimum(step, 9)],
+    momentum=Momentum(lambda step: 1 - momentum[jnp.minimum(step, 9)]),
   )
   params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 32, 32, 3)),))
   rename = {r"^encoder\.": "base_encoder.", r"^projector\.": "base_encoder.head."}
@@ -106,7 +107,7 @@ def test_byol_is_the_pytorch_references(golden, dtype, losses, probes):
   mlp = dict(hidden=64, features=32, hidden_bias=True, dtype=dtype)
   network = heads.PredictorNetwork(resnet.resnet18(dtype=dtype), heads.Projector(**mlp), heads.Projector(**mlp))
   parts = network.encoder, network.projector, network.predictor
-  method = byol.byol(*parts, target_momentum=lambda i: 1 - 0.1 * (jnp.cos(jnp.pi * i / 6) + 1) / 2)
+  method = byol.byol(*parts, target_momentum=cosine_momentum(0.9, 6))
   params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 64, 64, 3)),))
   shapes = {"params": params, "batch_stats": state.batch_stats}
   online = named_variables(shapes, "byol/online.", {}, dtype)
@@ -130,7 +131,7 @@ def test_byol_is_the_pytorch_references(golden, dtype, losses, probes):
 
 def test_byols_tau_is_the_official_schedule(golden):
   g = golden("byol_tau")
-  rate = optax.cosine_decay_schedule(1 - float(g["tau0"]), int(g["total"]))
+  rate = cosine_momentum(float(g["tau0"]), int(g["total"])).rate
   np.testing.assert_allclose([1 - rate(step) for step in g["step"]], g["tau"], atol=1e-7)
 
 
@@ -227,7 +228,7 @@ def test_dino_is_its_algorithm_in_numpy():
     Linear(5),
     LinearHead(7),
     teacher_temperature=lambda step: jnp.asarray(temperature)[step],
-    teacher_momentum=lambda step: 1 - jnp.asarray(rate)[step],
+    teacher_momentum=Momentum(lambda step: jnp.asarray(rate)[step]),
   )
   with jax.enable_x64(True):
     params = cast({"encoder": {"kernel": w["encoder"]}, "head": {"last_layer": {"kernel": w["last"]}}}, jnp.float64)
@@ -318,7 +319,7 @@ def test_dinos_schedules_are_the_official_ones(golden):
   steps, (base, final, warmup) = per_epoch * epochs, g["lr_args"]
   lr = optim.warmup_cosine(float(base), int(warmup) * per_epoch, steps, float(final), inclusive=True)
   decay = optim.cosine_between(*map(float, g["wd_args"]), steps)
-  momentum = optax.cosine_decay_schedule(1 - float(g["momentum_args"][0]), steps)
+  momentum = cosine_momentum(float(g["momentum_args"][0]), steps).rate
   at = jnp.arange(steps)
   np.testing.assert_allclose(jax.vmap(lr)(at), g["lr"], rtol=1e-5, atol=1e-9)
   np.testing.assert_allclose(jax.vmap(decay)(at), g["weight_decay"], rtol=1e-5)
@@ -327,7 +328,7 @@ def test_dinos_schedules_are_the_official_ones(golden):
 
 @pytest.mark.parametrize("size, batch", [(64, 16), (40, 16), (24, 16), (10, 16)])
 def test_the_queue_holds_the_newest_keys_for_any_size_and_batch(size, batch):
-  method = moco.moco(Flat(), Flat(), queue_size=size, temperature=0.2, momentum=optax.constant_schedule(0.99))
+  method = moco.moco(Flat(), Flat(), queue_size=size, temperature=0.2, momentum=constant_momentum(0.99))
   drawn = (jax.random.normal(KEYS[0], (2, batch, 2, 2, 1)),)
   params, state = method.init(KEYS[1], drawn)
   written = []

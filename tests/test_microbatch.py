@@ -8,7 +8,7 @@ import pytest
 
 from ssl_jax import augment, parallel, training
 from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simclr
-from ssl_jax.methods.base import AXIS
+from ssl_jax.methods.base import AXIS, constant_momentum
 from ssl_jax.models import heads, norm, vit
 from ssl_jax.models.mae import MAEDecoder
 
@@ -44,7 +44,7 @@ class Head(heads.nn.Module):
 
 
 def make(name, microbatch, batch_norm=False):
-  encoder, momentum = Encoder(batch_norm), optax.constant_schedule(0.9)
+  encoder, momentum = Encoder(batch_norm), constant_momentum(0.9)
   over = dict(axis_name=AXIS)
   if name == "simclr":
     return simclr.simclr(encoder, Head(), temperature=0.5, microbatch=microbatch, **over)
@@ -133,7 +133,7 @@ def test_a_microbatch_bounds_the_memory_of_the_step(name):
     method, optimizer = mae.mae(encoder, MAEDecoder(48, dim=32, depth=1, heads=2)), optax.sgd(1.0)
     if name == "moco_v3":
       method = moco_v3.moco_v3(
-        encoder, Head(), Head(), temperature=1.0, momentum=lambda _: 0.9, axis_name=AXIS, microbatch=microbatch
+        encoder, Head(), Head(), temperature=1.0, momentum=constant_momentum(0.9), axis_name=AXIS, microbatch=microbatch
       )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (AXIS,))
     init = training.make_init(method, optimizer, views, (32, 32, 3), 0)

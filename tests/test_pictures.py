@@ -7,6 +7,7 @@ import optax
 
 from ssl_jax.losses import patchify
 from ssl_jax.methods import dino, mae
+from ssl_jax.methods.base import constant_momentum
 from ssl_jax.models import heads, resnet, vit
 from ssl_jax.models.mae import MAEDecoder
 
@@ -38,7 +39,7 @@ def test_maes_pictures_are_the_visible_patches_and_the_predicted_ones_in_the_ima
 def test_dinos_pictures_are_the_teachers_class_attention_over_the_patches():
   encoder = vit.ViT(patch_size=4, dim=8, depth=2, heads=2, image_size=8)
   head, constant = heads.DINOHead(hidden=8, bottleneck=4, prototypes=8), optax.constant_schedule(0.04)
-  method = dino.dino(encoder, head, teacher_temperature=constant, teacher_momentum=constant)
+  method = dino.dino(encoder, head, teacher_temperature=constant, teacher_momentum=constant_momentum(0.9))
   images = jax.random.uniform(KEYS[1], (3, 8, 16, 3))
   params, state = jax.jit(method.init)(KEYS[0], (images[None, :, :, :8],))
   teacher = jax.tree.map(lambda x: x + 0.1, state.teacher_params)
@@ -50,7 +51,7 @@ def test_dinos_pictures_are_the_teachers_class_attention_over_the_patches():
   assert (
     method.pictures
     and not dino.dino(
-      resnet.ResNet(stages=(1,)), head, teacher_temperature=constant, teacher_momentum=constant
+      resnet.ResNet(stages=(1,)), head, teacher_temperature=constant, teacher_momentum=constant_momentum(0.9)
     ).pictures
   )
 
@@ -58,7 +59,7 @@ def test_dinos_pictures_are_the_teachers_class_attention_over_the_patches():
 def test_dinos_loss_is_the_teachers_entropy_and_the_divergence():
   encoder, head = vit.ViT(patch_size=4, dim=8, depth=1, heads=2, image_size=8), heads.DINOHead(3, 8, 4, 8)
   method = dino.dino(
-    encoder, head, teacher_temperature=lambda _: 0.04, teacher_momentum=lambda _: 0.9, student_temperature=0.04
+    encoder, head, teacher_temperature=lambda _: 0.04, teacher_momentum=constant_momentum(0.9), student_temperature=0.04
   )
   view = jax.random.uniform(KEYS[1], (1, 3, 8, 8, 3))
   params, state = jax.jit(method.init)(KEYS[0], (view,))

@@ -10,6 +10,7 @@ import pytest
 from ssl_jax import augment, data, streams
 from ssl_jax.data import stream
 from ssl_jax.methods import dino, mae, moco
+from ssl_jax.methods.base import constant_momentum
 from ssl_jax.models import heads, vit
 from ssl_jax.models.mae import MAEDecoder
 
@@ -56,7 +57,7 @@ def dropped_paths():
 
   constant = optax.constant_schedule(0.1)
   head = heads.DINOHead(hidden=4, bottleneck=3, prototypes=5)
-  method = dino.dino(Encoder(), head, teacher_temperature=constant, teacher_momentum=constant)
+  method = dino.dino(Encoder(), head, teacher_temperature=constant, teacher_momentum=constant_momentum(0.9))
   images = (jnp.ones((2, N, 2, 2, 1)), jnp.ones((3, N, 1, 1, 1)))
   method.loss(*method.init(KEYS[0], images), images, KEYS, 0)
   of_views = np.concatenate([np.asarray(u).reshape(2, 2, -1, N) for u in seen], axis=2)
@@ -96,9 +97,8 @@ def test_the_crops_of_a_batch_norm_group_are_as_different_as_those_of_any_images
 def test_the_queue_starts_with_numbers_that_no_step_draws():
   key = jax.random.key(0, impl="threefry2x32")
   head = heads.MoCoHead(features=4)
-  schedule = optax.constant_schedule(0.1)
   encoder = nn.Sequential([lambda x, train: jnp.mean(x, axis=(1, 2))])
-  method = moco.moco(encoder, head, queue_size=8, temperature=0.2, momentum=schedule)
+  method = moco.moco(encoder, head, queue_size=8, temperature=0.2, momentum=constant_momentum(0.9))
   _, state = method.init(key, (jnp.ones((2, 1, 2, 2, 3)),))
   for step in range(4):  # A step folds the run's key with its number, and `split` does the same with 0 and 1.
     drawn = heads.unit(jax.random.normal(jax.random.fold_in(key, step), (8, 4)))

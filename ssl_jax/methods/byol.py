@@ -15,7 +15,7 @@ import optax
 from flax import struct
 
 from ssl_jax.losses import byol_loss
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, cosine_momentum, of_encoder
+from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_two_views, cosine_momentum, of_encoder
 from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
 
 # haiku's default, in the ResNet and the MLPs: normal of deviation 1 / sqrt(fan_in), cut at two of them, uncorrected.
@@ -31,12 +31,12 @@ class BYOLState:
   target_batch_stats: Any
 
 
-def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, target_momentum: optax.Schedule) -> Method:
+def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, target_momentum: Momentum) -> Method:
   """Builds BYOL.
 
   Args:
     encoder, projector, predictor: modules called as `module(x, train=...)`.
-    target_momentum: tau per step, the weight of the target network in its own average.
+    target_momentum: tau, the weight of the target network in its own average.
   """
   network = PredictorNetwork(encoder, projector, predictor)
 
@@ -63,7 +63,7 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
     return value, Aux({"loss": value}, averages, monitored=Monitored(jnp.stack(list(projection), axis=1)))
 
   def update(params, state, aux, step):
-    rate = 1 - target_momentum(step)
+    rate = target_momentum.rate(step)
     target_params = optax.incremental_update(without_predictor(params), state.target_params, rate)
     return state.replace(target_params=target_params, **aux.averages)
 

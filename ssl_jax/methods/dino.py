@@ -19,7 +19,7 @@ from jax import lax
 from ssl_jax import streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import dino_center, dino_loss
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, cosine_momentum
+from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, cosine_momentum
 from ssl_jax.models.heads import DINOHead, train_pass
 
 
@@ -45,7 +45,7 @@ def dino(
   head: DINOHead,
   *,
   teacher_temperature: optax.Schedule,
-  teacher_momentum: optax.Schedule,
+  teacher_momentum: Momentum,
   student_temperature: float = 0.1,
   center_momentum: float = 0.9,
 ) -> Method:
@@ -55,7 +55,7 @@ def dino(
     encoder: called as `encoder(x, train=...)`; a ViT with a drop path rate also gets `uniforms`.
     head: called as `head(features)`.
     teacher_temperature: per step.
-    teacher_momentum: m per step, the weight of the teacher in its own average.
+    teacher_momentum: m, the weight of the teacher in its own average.
     student_temperature, center_momentum: of `dino_loss` and `dino_center`. The loop averages the centre over devices.
   """
 
@@ -115,7 +115,7 @@ def dino(
     return value, Aux(metrics, averages, monitored=Monitored(embedding, jnp.mean(jnp.exp(log_p), axis=(0, 1))))
 
   def update(params, state, aux, step):
-    teacher_params = optax.incremental_update(params, state.teacher_params, 1 - teacher_momentum(step))
+    teacher_params = optax.incremental_update(params, state.teacher_params, teacher_momentum.rate(step))
     return state.replace(teacher_params=teacher_params, **aux.averages)
 
   def encoder_variables(params, state):

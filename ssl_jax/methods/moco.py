@@ -21,7 +21,16 @@ from ssl_jax import streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce
 from ssl_jax.methods import moco_v3
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, of_encoder
+from ssl_jax.methods.base import (
+  Aux,
+  Context,
+  Method,
+  Momentum,
+  Monitored,
+  check_two_views,
+  constant_momentum,
+  of_encoder,
+)
 from ssl_jax.models.heads import MoCoHead, Network, train_pass, unit
 
 
@@ -47,7 +56,7 @@ def moco(
   *,
   queue_size: int,
   temperature: float,
-  momentum: optax.Schedule,
+  momentum: Momentum,
   axis_name: str | None = None,
 ) -> Method:
   """Builds MoCo v1 or v2. views[0][0] are the queries, views[0][1] the keys.
@@ -56,7 +65,7 @@ def moco(
     encoder, head: modules called as `module(x, train=...)`; the encoder's batch norm has a group size.
     queue_size: K, any number.
     temperature: of `info_nce`.
-    momentum: m per step, the weight of the key network in its own average.
+    momentum: m, the weight of the key network in its own average.
     axis_name: mapped axis over which the batch is split.
   """
   network = Network(encoder, head)
@@ -89,7 +98,7 @@ def moco(
     return value, Aux(metrics, averages, examples=key, monitored=Monitored(jnp.stack([query, key], axis=1)))
 
   def update(params, state, aux, step):
-    key_params = optax.incremental_update(params, state.key_params, 1 - momentum(step + 1))
+    key_params = optax.incremental_update(params, state.key_params, momentum.rate(step + 1))
     keys = aux.examples  # of the global batch
     first = state.queue_pointer + max(len(keys) - queue_size, 0)
     rows = (first + jnp.arange(min(len(keys), queue_size))) % queue_size
@@ -142,7 +151,7 @@ def from_config(settings: Any, context: Context) -> Method:
     MoCoHead(settings.version, settings.get("hidden"), settings.features, context.dtype),
     queue_size=settings.queue_size,
     temperature=settings.temperature,
-    momentum=optax.constant_schedule(settings.momentum),
+    momentum=constant_momentum(settings.momentum),
     axis_name=context.axis_name,
   )
 

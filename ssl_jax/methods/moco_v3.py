@@ -16,7 +16,7 @@ import optax
 from flax import struct
 
 from ssl_jax.losses import info_nce
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, cosine_momentum, in_chunks, of_encoder
+from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, cosine_momentum, in_chunks, of_encoder
 from ssl_jax.models.heads import PredictorNetwork, Projector, torch_uniform, view_by_view, without_predictor
 from ssl_jax.models.vit import patch_xavier, qkv_xavier
 
@@ -36,7 +36,7 @@ def moco_v3(
   predictor: nn.Module,
   *,
   temperature: float,
-  momentum: optax.Schedule,
+  momentum: Momentum,
   axis_name: str | None = None,
   microbatch: int | None = None,
 ) -> Method:
@@ -45,7 +45,7 @@ def moco_v3(
   Args:
     encoder, projector, predictor: modules called as `module(x, train=...)`.
     temperature: T of `info_nce`; each direction's loss is multiplied by 2 T, as in the official code.
-    momentum: m per step, the weight of the momentum network in its own average.
+    momentum: m, the weight of the momentum network in its own average.
     axis_name: mapped axis over which the batch is split; the keys of all devices are the negatives.
     microbatch: see `in_chunks`.
   """
@@ -72,7 +72,7 @@ def moco_v3(
     return value, Aux({"loss": value}, averages, monitored=Monitored(jnp.stack(list(projection), axis=1)))
 
   def update(params, state, aux, step):
-    rate = 1 - momentum(step + 1)
+    rate = momentum.rate(step + 1)
     momentum_params = optax.incremental_update(without_predictor(params), state.momentum_params, rate)
     return state.replace(momentum_params=momentum_params, **aux.averages)
 
