@@ -32,30 +32,49 @@ import tomllib
 ROOT = pathlib.Path(__file__).parents[1]
 ITSELF = "tests/test_mutants.py"  # It would see every mutant, since a text that was replaced is not found.
 STEPS = ("test_step.py", "test_methods.py", "test_all_methods.py")
+TRAJECTORY = "test_trajectories.py::test_six_steps_are_pytorchs"
 WHOLE = ("test_trajectories.py", *STEPS)  # whole steps of every method, the fastest first
 # By the beginning of a file's path, of which the longest counts: which tests to try first.
 LIKELY = {
-  "ssl_jax/methods/": (*WHOLE, "test_simclr.py", "test_microbatch.py"),
-  "ssl_jax/losses/": (WHOLE[0], "test_losses.py", "test_other_losses.py", *STEPS),
-  "ssl_jax/optim.py": (WHOLE[0], "test_optim.py", *STEPS),
-  "ssl_jax/models/": (WHOLE[0], "test_models.py", *STEPS),
-  "ssl_jax/models/vit.py": (WHOLE[0], "test_vit.py", "test_models.py", *STEPS),
-  "ssl_jax/models/conv.py": (WHOLE[0], "test_conv.py", "test_models.py"),
-  "train.py": (*WHOLE, "test_train.py", "test_parallel.py", "test_kills.py"),
-  "ssl_jax/parallel.py": (WHOLE[0], "test_parallel.py", "test_microbatch.py", *STEPS),
+  "ssl_jax/methods/": (*WHOLE, "test_microbatch.py"),
+  "ssl_jax/methods/simclr.py": (f"{TRAJECTORY}[simclr]", "test_simclr.py", "test_microbatch.py", *STEPS),
+  "ssl_jax/methods/moco.py": (f"{TRAJECTORY}[moco_v1]", f"{TRAJECTORY}[moco_v2]", "test_streams.py", *STEPS),
+  "ssl_jax/methods/moco_v3.py": (f"{TRAJECTORY}[moco_v3_vit]", f"{TRAJECTORY}[moco_v3]", "test_microbatch.py", *STEPS),
+  "ssl_jax/methods/byol.py": (f"{TRAJECTORY}[byol]", "test_microbatch.py", *STEPS),
+  "ssl_jax/methods/mae.py": (f"{TRAJECTORY}[mae]", "test_pictures.py", "test_streams.py", "test_vit.py", *STEPS),
+  "ssl_jax/methods/dino.py": (f"{TRAJECTORY}[dino]", "test_pictures.py", "test_streams.py", *STEPS),
+  "ssl_jax/losses/": ("test_losses.py", "test_other_losses.py", WHOLE[0], *STEPS),
+  "ssl_jax/losses/contrastive.py": ("test_losses.py", "test_other_losses.py"),
+  "ssl_jax/losses/distillation.py": ("test_other_losses.py", f"{TRAJECTORY}[dino]"),
+  "ssl_jax/losses/reconstruction.py": ("test_other_losses.py", f"{TRAJECTORY}[mae]", "test_vit.py"),
+  "ssl_jax/losses/regression.py": ("test_other_losses.py", f"{TRAJECTORY}[byol]"),
+  "ssl_jax/optim.py": ("test_optim.py", WHOLE[0], "test_config.py", *STEPS),
+  "ssl_jax/models/": ("test_models.py", WHOLE[0], *STEPS),
+  "ssl_jax/models/heads.py": (WHOLE[0], "test_models.py", "test_vit.py", *STEPS),
+  "ssl_jax/models/vit.py": ("test_vit.py", f"{TRAJECTORY}[dino]", f"{TRAJECTORY}[moco_v3_vit]", "test_lowering.py"),
+  "ssl_jax/models/mae.py": (f"{TRAJECTORY}[mae]", "test_vit.py"),
+  "ssl_jax/models/conv.py": ("test_conv.py", "test_models.py"),
+  "ssl_jax/models/linear.py": ("test_linear.py",),
+  "ssl_jax/training.py": (f"{TRAJECTORY}[byol]", "test_parallel.py", "test_train.py", *WHOLE),
+  "train.py": ("test_train.py", "test_folder.py", "test_all_methods.py", "test_kills.py"),
+  "ssl_jax/build.py": (*WHOLE, "test_config.py"),
+  "ssl_jax/parallel.py": ("test_parallel.py", f"{TRAJECTORY}[byol]", "test_microbatch.py", *STEPS),
   "ssl_jax/streams.py": ("test_streams.py", *WHOLE),
-  "ssl_jax/augment.py": (WHOLE[0], "test_augment.py", "test_step.py"),
+  "ssl_jax/augment.py": ("test_augment.py", WHOLE[0], "test_folder.py"),
   "ssl_jax/data/": ("test_data.py", "test_dataset.py", "test_stream.py"),
   "ssl_jax/data/dataset.py": ("test_dataset.py", "test_data.py", "test_stream.py"),
   "ssl_jax/data/resize.py": ("test_resize.py", "test_stream.py"),
+  "ssl_jax/data/image.py": ("test_image.py",),
+  "ssl_jax/data/folder.py": ("test_folder.py",),
   "ssl_jax/data/stream.py": ("test_stream.py", "test_streams.py", "test_folder.py"),
   "ssl_jax/checkpoint.py": ("test_train.py", "test_kills.py"),
   "ssl_jax/config.py": ("test_config.py", "test_train.py"),
   "ssl_jax/convert.py": ("test_convert.py", "test_models.py", "test_vit.py"),
   "ssl_jax/evaluate.py": ("test_knn.py", "test_train.py", "test_folder.py"),
+  "ssl_jax/flops.py": ("test_flops.py",),
   "ssl_jax/knn.py": ("test_knn.py",),
-  "ssl_jax/metrics.py": ("test_monitors.py", "test_report.py"),
-  "eval_knn.py": ("test_knn.py", "test_cli.py", "test_train.py"),
+  "ssl_jax/metrics.py": ("test_monitors.py", "test_report.py", "test_train.py"),
+  "eval_knn.py": ("test_train.py", "test_knn.py", "test_cli.py"),
 }
 
 
@@ -68,7 +87,7 @@ def likely(mutant: dict) -> list[str]:
   """The test files to try first: the mutant's own, else those of the longest beginning of its file's path."""
   best = max((start for start in LIKELY if mutant["file"].startswith(start)), key=len, default=None)
   files = [f"tests/{name}" for name in mutant.get("tests") or LIKELY.get(best, ())]
-  return [file for file in files if (ROOT / file).exists()]
+  return [file for file in files if (ROOT / file.partition("::")[0]).exists()]
 
 
 def fingerprint(mutant: dict) -> str:
