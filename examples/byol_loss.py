@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax import byol_loss, data
+from ssl_jax import byol_loss, data, metrics
 
 
 def init(key):
@@ -25,7 +25,7 @@ def project(params, x):
 
 def main(steps=200):
   images = data.load("fashion_mnist_mini", "train", channels=1).images.reshape(-1, 784) / 255.0
-  optimizer = optax.adam(1e-3)
+  optimizer = optax.adam(1e-2)
   params, target = init(jax.random.key(0)), init(jax.random.key(1))
   opt_state = optimizer.init(params)
 
@@ -40,14 +40,16 @@ def main(steps=200):
     value, grads = jax.value_and_grad(loss)(params)
     updates, opt_state = optimizer.update(grads, opt_state)
     params = optax.apply_updates(params, updates)
-    return params, optax.incremental_update(params, target, 0.01), opt_state, value
+    return params, optax.incremental_update(params, target, 0.05), opt_state, value
 
   losses = []
   for i in range(steps):
     x = jnp.asarray(images[i * 128 % 11_000 :][:128])
     params, target, opt_state, value = step(params, target, opt_state, jax.random.key(i), x)
     losses.append(float(value))
+  std = metrics.monitors(project(params, images[:256])[:, None])["feature_std"]  # a loss of 0 may be a collapse
   print(f"byol_loss: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps (4 if nothing fits, 0 if all does)")
+  print(f"feature_std {std:.2f} (about 1 where features spread evenly, 0 where all are one point)")
   return losses
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax import data, dino_center, dino_loss
+from ssl_jax import data, dino_center, dino_loss, metrics
 
 PROTOTYPES = 256
 
@@ -17,10 +17,14 @@ def init(key, sizes=(784, 256, 64, PROTOTYPES)):
   return [jax.random.normal(k, (m, n)) / m**0.5 for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def logits(params, x):
+def features(params, x):
   z = jax.nn.relu(x @ params[0]) @ params[1]
-  z /= jnp.linalg.norm(z, axis=-1, keepdims=True)
-  return z @ (params[2] / jnp.linalg.norm(params[2], axis=0))  # prototypes of unit norm, as in the paper's head
+  return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def logits(params, x):
+  prototypes = params[2] / jnp.linalg.norm(params[2], axis=0, keepdims=True)  # of unit norm, as in the paper's head
+  return features(params, x) @ prototypes
 
 
 def main(steps=200):
@@ -47,7 +51,9 @@ def main(steps=200):
     x = jnp.asarray(images[i * 128 % 11_000 :][:128])
     params, teacher, center, opt_state, value = step(params, teacher, center, opt_state, jax.random.key(i), x)
     losses.append(float(value))
+  std = metrics.monitors(features(teacher, images[:256])[:, None])["feature_std"]  # a small loss may be a collapse
   print(f"dino_loss: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps (chance {jnp.log(PROTOTYPES):.2f})")
+  print(f"feature_std {std:.2f} (about 1 where features spread evenly, 0 where all are one point)")
   return losses
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import ssl_jax
-from ssl_jax import augment, data
+from ssl_jax import augment, data, metrics
 from ssl_jax.models.heads import Projector
 
 
@@ -49,16 +49,18 @@ def main(steps=100):
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, views, keys, i)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    return params, method.update(params, state, aux, i), opt_state, loss
+    std = metrics.monitors(aux.examples["embedding"])["feature_std"]  # a loss of 0 may be a collapse
+    return params, method.update(params, state, aux, i), opt_state, loss, std
 
   params, state, opt_state = init()
   losses = []
   for i in range(steps):
     batch = images[i * 64 % 11_000 :][:64]
-    params, state, opt_state, loss = train_step(params, state, opt_state, i, batch)
+    params, state, opt_state, loss, std = train_step(params, state, opt_state, i, batch)
     losses.append(float(loss))
   features = MyEncoder().apply(method.encoder(params, state), images[:4] / 255.0, train=False)
   print(f"byol: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps; features {features.shape}")
+  print(f"feature_std {std:.2f} (about 1 where embeddings spread evenly, 0 where all are one point)")
   return losses
 
 
