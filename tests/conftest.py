@@ -24,6 +24,8 @@ import runs  # noqa: E402
 
 # Most of the suite's time is XLA's compiler. Not in the environment: real runs in processes of their own are optimised.
 jax.config.update("jax_disable_most_optimizations", True)
+# An array of fewer axes than it meets is a mistake until somebody says where its axes belong. Real runs are as JAX is.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture

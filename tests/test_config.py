@@ -74,16 +74,8 @@ def shrink(config):
   return config
 
 
-@pytest.mark.parametrize(
-  "path",
-  [
-    path
-    if path.stem == "simclr_imagenet"
-    else pytest.param(path, marks=pytest.mark.slow)  # test_all_methods has the others
-    for path in RECIPES
-  ],
-  ids=[path.stem for path in RECIPES],
-)
+@pytest.mark.slow  # test_trajectories, test_lowering and test_all_methods have most of them
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_every_recipe_builds_and_takes_a_step(path, monkeypatch):
   config = shrink(recipe(path))
   channels = config.data.channels
