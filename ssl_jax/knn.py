@@ -93,10 +93,10 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
     def nearer(best, start):
       # The last chunk is moved back to fit; what it repeats is masked.
       first = jnp.minimum(start, rows - chunk)
-      index = first + jnp.arange(chunk)
+      index = first + jnp.arange(chunk)[None]
       part = _unit(lax.dynamic_slice_in_dim(bank, first, chunk))  # here, and not a second bank
       similarity = jnp.matmul(block_queries, part.T, precision=lax.Precision.HIGHEST)
-      skip = (index < start) | (lax.dynamic_slice_in_dim(bank_labels, first, chunk) < 0)
+      skip = (index < start) | (lax.dynamic_slice_in_dim(bank_labels, first, chunk)[None] < 0)
       similarity = jnp.where(skip | (place + index == block_exclude[:, None]), -jnp.inf, similarity)
       # What was found before comes first: top_k keeps the lower row where similarities are equal.
       values, at = lax.top_k(jnp.concatenate([best[0], similarity], axis=1), k)

@@ -72,7 +72,7 @@ def nt_xent(
   negatives = _other_views if block_size >= rows else _other_views_in_blocks
   with jax.default_matmul_precision("highest"):
     positive = jnp.sum(z1 * z2, axis=-1)  # of both views of an image
-    loss = jnp.mean(jax.nn.softplus(negatives(z1, z2, axis_name, block_size) - positive))
+    loss = jnp.mean(jax.nn.softplus(negatives(z1, z2, axis_name, block_size) - positive[None]))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 

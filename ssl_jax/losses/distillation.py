@@ -57,7 +57,7 @@ def dino_loss(
       f"dino_loss needs 1 <= T <= V and V >= 2, got T = {teachers} teacher and V = {views} student views."
     )
   logits = wide(student) / student_temperature
-  targets = jax.nn.softmax((wide(teacher) - wide(center)) / teacher_temperature, axis=-1)
+  targets = jax.nn.softmax((wide(teacher) - wide(center)[None, None]) / teacher_temperature, axis=-1)
   targets = lax.stop_gradient(targets)
   log_z = jax.nn.logsumexp(logits, axis=-1)  # [V, B]
   agreement = jnp.sum(logits * jnp.sum(targets, axis=0, keepdims=True), axis=-1)  # with all teacher views

@@ -101,7 +101,7 @@ def dino(
       student, teacher, state.center, student_temperature=student_temperature, teacher_temperature=temperature
     )
     center = dino_center(state.center, teacher, momentum=center_momentum)
-    log_p = jax.nn.log_softmax((teacher.astype(jnp.float32) - state.center) / temperature)
+    log_p = jax.nn.log_softmax((teacher.astype(jnp.float32) - state.center[None, None]) / temperature)
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
     metrics = {
       "loss": value,

@@ -62,12 +62,12 @@ class BatchNorm(nn.Module):
     else:
       mean, var = running_mean.value, running_var.value
 
-    gain = lax.rsqrt(var + self.epsilon)
+    gain, of_groups = lax.rsqrt(var + self.epsilon), (*([1] if mean.ndim > 1 else []), *shape)
     if self.use_scale:
-      gain = gain * self.param("scale", self.scale_init, shape)
+      gain = gain * self.param("scale", self.scale_init, shape).reshape(of_groups)
     offset = -mean * gain
     if self.use_bias:
-      offset = offset + self.param("bias", nn.initializers.zeros, shape)
+      offset = offset + self.param("bias", nn.initializers.zeros, shape).reshape(of_groups)
     return (wide * gain[..., None, :] + offset[..., None, :]).astype(self.dtype).reshape(x.shape)
 
 
