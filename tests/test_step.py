@@ -1,11 +1,12 @@
 """What is in the program of every method's step: no way back to the host, no gradient of a slow copy, wide state."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
+from programs import equations
 from test_all_methods import SLOW, few_images, slow, small  # noqa: F401
 
 import train
@@ -16,31 +17,23 @@ from ssl_jax.methods.base import AXIS
 SLOW_COPIES = {"moco_quickstart": 1, "byol_quickstart": 2, "moco_imagenet:v3": 2, "dino_quickstart": 2}
 
 
-def equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from equations(inner)
-
-
 @pytest.mark.parametrize("name", ["dino_quickstart", "moco_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
 def test_a_narrow_step_keeps_its_state_wide_and_never_asks_the_host(name, mesh, monkeypatch):
   config = small(name)
   config.dtype = "bfloat16"
   monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(2))
-  monkeypatch.setattr(train.evaluate.Extractor, "trace", lambda *_: None)
-  programs = []
-  monkeypatch.setattr(train.flops, "count", lambda program: programs.append(program) or 1)
   plan = train.make_plan(config)
-  (program,) = programs
-  assert not [e for e in equations(program.jaxpr) if "callback" in e.primitive.name or "feed" in e.primitive.name]
-  products = [e for e in equations(program.jaxpr) if e.primitive.name in ("dot_general", "conv_general_dilated")]
+  batch = {"image": plan.train_set.images[:8]}
+  program = plan.train_step.trace(plan.state, train.parallel.put_batch(plan.mesh, batch))
+  inside = list(equations(program.jaxpr.jaxpr))
+  assert not [e for e in inside if re.search("callback|debug|feed", e.primitive.name)]
+  products = [e for e in inside if e.primitive.name in ("dot_general", "conv_general_dilated")]
   assert any(e.outvars[0].aval.dtype == jnp.bfloat16 for e in products)
-  # What comes out is the state as it came in, then the metrics.
-  types = [x.dtype for x in program.out_avals]
-  state = [x.dtype for x in jax.tree.leaves(plan.state)]
-  assert types[: len(state)] == state and set(state) <= {jnp.dtype("float32"), jnp.dtype("int32")}
-  assert set(types[len(state) :]) == {jnp.dtype("float32")}
+  state, row = program.out_info
+  types = jax.tree.map(lambda x: x.dtype, state)
+  assert types == jax.tree.map(lambda x: x.dtype, plan.state)
+  assert set(jax.tree.leaves(types)) <= {jnp.dtype("float32"), jnp.dtype("int32")}
+  assert {x.dtype for x in row.values()} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", ["dino_quickstart", "moco_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
