@@ -30,7 +30,7 @@ def main(steps=100):
   images = data.load("fashion_mnist_mini", "train", channels=1).images
   head = dict(hidden=64, features=32)
   method = ssl_jax.byol(
-    MyEncoder(), Projector(**head), Projector(**head), target_momentum=optax.constant_schedule(0.99)
+    MyEncoder(), Projector(**head), Projector(**head), target_momentum=ssl_jax.constant_momentum(0.99)
   )
   optimizer = optax.adam(1e-3)
 
@@ -49,7 +49,7 @@ def main(steps=100):
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, views, keys, i)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    std = metrics.monitors(aux.examples["embedding"])["feature_std"]  # a loss of 0 may be a collapse
+    std = metrics.monitors(*aux.monitored)["feature_std"]  # a loss of 0 may be a collapse
     return params, method.update(params, state, aux, i), opt_state, loss, std
 
   params, state, opt_state = init()

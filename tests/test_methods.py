@@ -335,7 +335,7 @@ def test_the_queue_holds_the_newest_keys_for_any_size_and_batch(size, batch):
   for i in range(7):
     keys = jnp.full((batch, 4), float(i)) + jnp.arange(batch)[:, None] / 100
     written += list(np.asarray(keys[:, 0]))
-    aux = moco.Aux({}, {"batch_stats": {}, "key_batch_stats": {}}, {"key": keys})
+    aux = moco.Aux({}, {"batch_stats": {}, "key_batch_stats": {}}, keys)
     state = method.update(params, state, aux, i)
   assert sorted(np.asarray(state.queue[:, 0])) == pytest.approx(sorted(written[-size:]))
   assert state.queue_pointer == 7 * batch % size and state.queue_written == size

@@ -6,7 +6,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -148,8 +147,8 @@ def test_an_unknown_choice_is_named(field, value):
 
 
 def make(**encoder):
-  config = ml_collections.ConfigDict(dict(dtype="bfloat16", encoder=encoder, method=dict(name="simclr")))
-  return models.make(config, axis_name="batch", resnet=dict(width=2))
+  context = dict(method="simclr", image_size=32, dtype=jnp.bfloat16, axis_name="batch")
+  return models.make(encoder, **context, resnet=dict(width=2))
 
 
 def test_an_encoder_is_made_by_name_and_its_recipe_is_over_the_methods_settings():

@@ -29,6 +29,19 @@ def view_draws():
   return {f"view {i}, number {j}": uniforms[:, i, j] for i in range(12) for j in numbers}
 
 
+def drawn(method, images, seen):
+  """What the loss of a method draws, which it hands to the list `seen` while it is traced."""
+  params, state = jax.jit(method.init)(KEYS[0], images)
+
+  @jax.jit
+  def loss():
+    seen.clear()
+    method.loss(params, state, images, KEYS, 0)
+    return list(seen)
+
+  return [np.asarray(x) for x in loss()]
+
+
 def masks(monkeypatch):
   """The noise that MAE orders the patches by, from its own loss."""
   seen = []
@@ -37,8 +50,8 @@ def masks(monkeypatch):
   encoder = vit.ViT(patch_size=2, dim=12, depth=1, heads=3, positions="column_first")
   method = mae.mae(encoder, MAEDecoder(4, 12, 1, 3))
   images = (jnp.zeros((1, N, 4, 4, 1)),)
-  method.loss(*jax.jit(method.init)(KEYS[0], images), images, KEYS, 0)
-  return {f"mask, patch {j}": np.asarray(seen[0][:, j]) for j in range(4)}
+  noise = drawn(method, images, seen)[0]
+  return {f"mask, patch {j}": noise[:, j] for j in range(4)}
 
 
 def dropped_paths():
@@ -59,8 +72,7 @@ def dropped_paths():
   head = heads.DINOHead(hidden=4, bottleneck=3, prototypes=5)
   method = dino.dino(Encoder(), head, teacher_temperature=constant, teacher_momentum=constant_momentum(0.9))
   images = (jnp.ones((2, N, 2, 2, 1)), jnp.ones((3, N, 1, 1, 1)))
-  method.loss(*method.init(KEYS[0], images), images, KEYS, 0)
-  of_views = np.concatenate([np.asarray(u).reshape(2, 2, -1, N) for u in seen], axis=2)
+  of_views = np.concatenate([u.reshape(2, 2, -1, N) for u in drawn(method, images, seen)], axis=2)
   return {f"drop path {a}, {b}, view {v}": of_views[a, b, v] for a in range(2) for b in range(2) for v in range(5)}
 
 

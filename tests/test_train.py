@@ -224,13 +224,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
   def poisoned(*args):
     gradient, update = make_step(*args)
 
-    def with_nan(state, grads, aux):
+    def with_nan(state):
       kernel = state.params["encoder"]["layer1_0"]["conv1"]["kernel"]
       state.params["encoder"]["layer1_0"]["conv1"]["kernel"] = jax.numpy.where(state.step == 6, jax.numpy.nan, kernel)
-      grads = jax.tree.map(lambda g: jax.numpy.where(state.step == 6, jax.numpy.nan, g), grads)
-      return update(state, grads, aux)
+      return state
 
-    return training.Step(gradient, with_nan)
+    return training.Step(
+      lambda state, batch: gradient(with_nan(state), batch), lambda state, *given: update(with_nan(state), *given)
+    )
 
   monkeypatch.setattr(training, "make_step", poisoned)
   with pytest.raises(UserError, match=r"step 7 is not finite \(.*loss.*\).*params/encoder/layer1_0/conv1/kernel"):
