@@ -62,12 +62,12 @@ class BatchNorm(nn.Module):
     else:
       mean, var = running_mean.value, running_var.value
 
-    gain, of_groups = lax.rsqrt(var + self.epsilon), (*([1] if mean.ndim > 1 else []), *shape)
+    gain = lax.rsqrt(var + self.epsilon)
     if self.use_scale:
-      gain = gain * self.param("scale", self.scale_init, shape).reshape(of_groups)
+      gain = gain * jnp.broadcast_to(self.param("scale", self.scale_init, shape), gain.shape)
     offset = -mean * gain
     if self.use_bias:
-      offset = offset + self.param("bias", nn.initializers.zeros, shape).reshape(of_groups)
+      offset = offset + jnp.broadcast_to(self.param("bias", nn.initializers.zeros, shape), gain.shape)
     return (wide * gain[..., None, :] + offset[..., None, :]).astype(self.dtype).reshape(x.shape)
 
 
