@@ -361,3 +361,13 @@ def test_shuffled_keys_come_back_to_their_queries(mesh):
     assert np.any(shuffled != images) and sorted(shuffled[:, 0]) == list(range(16))
     orders.append(np.asarray(shuffled))
   assert all(np.array_equal(order, orders[0]) for order in orders)  # not a matter of the number of devices
+
+
+def test_byols_target_starts_from_a_seed_of_its_own_and_other_slow_networks_as_copies():
+  images, parts = (jnp.ones((2, 1, 4, 4, 3)),), (Flat(), Flat(), Flat())
+  params, state = byol.byol(*parts, target_momentum=constant_momentum(0.9)).init(KEYS[0], images)
+  for slow, fast in zip(*map(jax.tree.leaves, (state.target_params, heads.without_predictor(params))), strict=True):
+    assert not np.any(slow) or not np.array_equal(slow, fast)  # biases are zeros in both
+  assert np.any(state.target_params["encoder"]["Dense_0"]["kernel"])
+  params, state = moco_v3.moco_v3(*parts, temperature=1.0, momentum=constant_momentum(0.9)).init(KEYS[0], images)
+  jax.tree.map(np.testing.assert_array_equal, state.momentum_params, heads.without_predictor(params))
