@@ -157,7 +157,13 @@ def test_six_steps_are_pytorchs(run, golden, mesh):
       now, row = step(now, parallel.put_batch(devices, {"image": g[f"pixels{t}"]}))
       losses.append(float(row["loss"]))
     got = by_name(now.params, now.state)
+    evaluated = method.encoder(now.params, now.state)
   np.testing.assert_allclose(losses, g[f"{run}/loss"], rtol=LOSSES)
+  # Evaluated is what the papers evaluate: DINO's teacher, everyone else's trained network.
+  network = now.state.teacher_params if run == "dino" else now.params
+  jax.tree.map(np.testing.assert_array_equal, evaluated["params"], network["encoder"])
+  if run not in ("dino", "mae", "moco_v3_vit"):  # whose encoders have no batch norm
+    jax.tree.map(np.testing.assert_array_equal, evaluated["batch_stats"], now.state.batch_stats["encoder"])
   compared = set()
   for tree, entries in got.items():
     for name, value in entries.items():
