@@ -237,6 +237,14 @@ def test_only_removed_patches_count_and_the_variance_is_unbiased():
   assert not np.any(visible)
 
 
+def test_every_removed_patch_counts_alike_however_many_an_image_has():
+  rng = np.random.default_rng(0)
+  (prediction, target), mask = rng.normal(size=(2, 3, 8, 5)), rng.uniform(size=(3, 8)) < [[0.2], [0.5], [0.9]]
+  want = np.square(prediction - target).mean(-1)[mask].mean()
+  got = mae_loss(jnp.float32(prediction), jnp.float32(target), jnp.asarray(mask), normalize_target=False)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_a_constant_patch_is_a_zero_target():
   flat = jnp.full((1, 2, 12), 0.3)
   value, grad = jax.value_and_grad(lambda p: mae_loss(p, flat, jnp.ones((1, 2))))(jnp.zeros((1, 2, 12)))
