@@ -1,4 +1,4 @@
-"""From a config to what a run is made of: the only module that reads a config as a whole."""
+"""From a config to the method and the encoder of a run: methods and models are handed their own sections here."""
 
 import functools
 from typing import Any

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax.methods.base import AXIS, Aux, Monitored
 
-MONITORED = 256  # examples whose embeddings the monitors look at, where a batch has more
+MONITORED = 256  # about so many examples' embeddings are monitored where a batch has more
 SMALLEST_SPLIT = 2**14  # entries: a collective of its own would cost more than the memory of smaller arrays is worth
 
 
@@ -112,8 +112,8 @@ def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Ca
 def combine(aux: Aux, axis_name: str) -> Aux:
   """Combines what each device's loss handed on: averages by pmean, examples by concatenation in global order.
 
-  Of the monitored embeddings no more than `MONITORED` examples, evenly spaced, are gathered: their monitors are
-  estimates anyway, and all of a large batch's would be gathered at every step.
+  Of a batch of at least twice `MONITORED` examples, fewer than twice that many embeddings are gathered, evenly spaced,
+  and at least one a device: the monitors are estimates, and all of them would be gathered at every step.
   """
   averaged, (examples, embedding) = _by_kind(aux)
   if embedding is not None:

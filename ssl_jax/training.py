@@ -95,7 +95,7 @@ def make_step(
 
     row = aux.metrics | (metrics.monitors(*aux.monitored) if aux.monitored else {})
     row["grad_norm"] = optax.tree.norm(grads)
-    # A step that is not finite changes nothing: the loop stops on it, and finds the state as it was.
+    # A step whose loss or gradient is not finite changes nothing. The loop stops when it next looks at the metrics.
     finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"])
     new = TrainState(step + 1, params, state, opt_state)
     return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, train), row

@@ -20,8 +20,8 @@ class Monitored(NamedTuple):
   """What the collapse monitors look at (`metrics.monitors`). It is not trained on.
 
   Attributes:
-    embedding: float [b, v, d], of one or two views of each example and of any norm; concatenated, but over devices only
-      some evenly spaced examples.
+    embedding: float [b, v, d], of one or two views of each example and of any norm; concatenated. Of a large batch
+      some evenly spaced examples are taken (`parallel.combine`).
     marginal: float [K], the mean distribution over prototypes, averaged; None: the method has no prototypes.
   """
 
