@@ -371,3 +371,18 @@ def test_byols_target_starts_from_a_seed_of_its_own_and_other_slow_networks_as_c
   assert np.any(state.target_params["encoder"]["Dense_0"]["kernel"])
   params, state = moco_v3.moco_v3(*parts, temperature=1.0, momentum=constant_momentum(0.9)).init(KEYS[0], images)
   jax.tree.map(np.testing.assert_array_equal, state.momentum_params, heads.without_predictor(params))
+
+
+@pytest.mark.parametrize("m", [-0.1, 1.5, float("nan")])
+def test_a_momentum_out_of_range_is_refused_with_its_value(m):
+  for make in (constant_momentum, lambda m: cosine_momentum(m, 10)):
+    with pytest.raises(ValueError, match=rf"momentum must be in \[0, 1\], got {m}"):
+      make(m)
+  with pytest.raises(ValueError):
+    cosine_momentum(0.9, 0)
+
+
+def test_a_momentum_near_one_keeps_the_digits_of_its_rate():
+  t = 249_500  # The rate is 3.9e-8 there: from m in float32 it would be 6.0e-8.
+  want = 0.004 * (1 + np.cos(np.pi * t / 250_000)) / 2
+  np.testing.assert_allclose(cosine_momentum(0.996, 250_000).rate(t), want, rtol=1e-2)

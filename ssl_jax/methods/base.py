@@ -154,13 +154,37 @@ class Momentum(NamedTuple):
 
 
 def constant_momentum(m: float) -> Momentum:
-  """The same m in every step: MoCo v1, v2."""
+  """The same momentum in every step (MoCo v1, v2: He et al., 2020, arXiv:1911.05722, eq. 2).
+
+  Args:
+    m: in [0, 1].
+
+  Raises:
+    ValueError: m is not in [0, 1].
+  """
+  _check_momentum(m)
   return Momentum(optax.constant_schedule(1 - m))
 
 
 def cosine_momentum(first: float, steps: int) -> Momentum:
-  """m(t) = 1 - (1 - m0) (1 + cos(pi t / T)) / 2, from m0 to 1: BYOL, MoCo v3, DINO."""
-  return Momentum(optax.cosine_decay_schedule(1 - first, steps))
+  """m(t) = 1 - (1 - m0) (1 + cos(pi t / T)) / 2, from m0 to 1 (BYOL: Grill et al., 2020, arXiv:2006.07733).
+
+  MoCo v3 and DINO have the same schedule.
+
+  Args:
+    first: m0, in [0, 1].
+    steps: T, at least 1.
+
+  Raises:
+    ValueError: m0 is not in [0, 1], or T is below 1.
+  """
+  _check_momentum(first)
+  return Momentum(optax.cosine_decay_schedule(1 - first, steps))  # which checks T
+
+
+def _check_momentum(m):
+  if not 0 <= m <= 1:  # NaN is not
+    raise ValueError(f"a momentum must be in [0, 1], got {m}.")
 
 
 def of_encoder(params: Any, batch_stats: Any) -> dict[str, Any]:
