@@ -12,9 +12,13 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from ssl_jax import cluster, data, evaluate, parallel
-from ssl_jax.cli import run, say
+from ssl_jax import build, parallel
+from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
+from ssl_jax.evaluation.accuracy import knn_accuracy
+from ssl_jax.evaluation.features import Extractor
+from ssl_jax.run import cli, cluster
+from ssl_jax.run.cli import say
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "the run to evaluate")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
@@ -36,18 +40,18 @@ def main() -> int:
     ks = [int(k) for k in K.value]
   except ValueError:
     raise UserError(f"--k must be numbers with commas between, got {','.join(K.value)!r}.") from None
-  restored = evaluate.restore_encoder(workdir, STEP.value)
+  restored = build.restore_encoder(workdir, STEP.value)
   config = restored.config
   bank = load(config, BANK_SPLIT.value or config.data.split)
   queries = load(config, TEST_SPLIT.value or config.data.test_split)
-  bank, queries = evaluate.match(bank, queries)
+  queries = queries.numbered_as(bank)
   say(f"step {restored.step} of {workdir}")
   for role, x in (("bank", bank), ("queries", queries)):
-    say(f"{role}: {x.name} {x.split}, {len(x.images):,} images")
+    say(f"{role}: {x.name} {x.split}, {len(x):,} images")
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
-  extractor = evaluate.Extractor(restored.encoder, config, mesh, batch_size)
+  extractor = Extractor(restored.encoder, restored.eval_view, mesh, batch_size)
   bank_features, bank_labels = extractor(restored.variables, bank)
   if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
     say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
@@ -55,7 +59,7 @@ def main() -> int:
   query_features, labels = (bank_features, bank_labels) if same else extractor(restored.variables, queries)
   exclude = np.arange(len(bank_features)) if same else None
   for role, x, features in (("bank", bank, bank_features), ("queries", queries, query_features)):
-    if left_out := len(x.images) - len(features):
+    if left_out := len(x) - len(features):
       say(f"{left_out:,} of the {role} cannot be read or {'has' if left_out == 1 else 'have'} no label: left out")
 
   figures: dict[str, float | int] = {"step": restored.step}
@@ -63,7 +67,7 @@ def main() -> int:
     if k > len(bank_features):
       say(f"k={k} is more than the {len(bank_features):,} images of the bank: all of them vote")
     settings = dict(k=min(k, len(bank_features)), temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
-    score = evaluate.knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
+    score = knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
   if cluster.is_main():
@@ -72,20 +76,22 @@ def main() -> int:
   return 0
 
 
-def load(config, split: str) -> data.Dataset:
+def load(config, split: str | None) -> Dataset:
   """A labelled split of the data set that the flags or the run name."""
   if not split:
     raise UserError("the run has no test split: name one by --test_split.")
-  channels = config.data.channels
-  if FOLDER.value or (config.data.folder and not DATA.value):
-    loaded = data.load_folder(FOLDER.value or config.data.folder, split, channels=channels)
-  else:
-    name, data_dir = DATA.value or config.data.name, DATA_DIR.value or (None if DATA.value else config.data.data_dir)
-    loaded = data.load(name, split, data_dir=data_dir, channels=channels)
+  named = config.copy_and_resolve_references()
+  if FOLDER.value:
+    named.data.folder = FOLDER.value
+  elif DATA.value:
+    named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
+  elif DATA_DIR.value:
+    named.data.data_dir = DATA_DIR.value
+  loaded = build.dataset(named, split)
   if not loaded.is_labelled:
     raise UserError(f"{loaded.name} {split!r} has no labels, and k-NN classifies by labels.")
   return loaded
 
 
 if __name__ == "__main__":
-  run(main, joins=True)
+  cli.run(main, joins=True)

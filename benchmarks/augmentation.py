@@ -7,7 +7,7 @@ simclr   two views of images of 32 pixels, `configs/simclr_cifar10.py`.
 dino     two crops of 224 and eight of 96 of 500 x 375 photographs, `configs/dino_imagenet.py`.
 
 "device" is `augment.make_views` on the whole images, jitted. "host + device" cuts the crops on the host
-(`stream.cut_views`, as streamed data is) and finishes them on the device; "host" is its first part, which is all that
+(`crop.cut_views`, as streamed data is) and finishes them on the device; "host" is its first part, which is all that
 a machine with an accelerator has to do on its CPU. The peer does all of a view on the host, with Pillow's blur.
 """
 
@@ -21,7 +21,7 @@ from input import peer_complete, photographs
 
 from configs import dino_imagenet, simclr_cifar10
 from ssl_jax import augment, config
-from ssl_jax.data import stream
+from ssl_jax.data import crop
 
 RECIPES = dict(simclr=simclr_cifar10, dino=dino_imagenet)
 
@@ -41,7 +41,7 @@ def sides(images, views):
     return augment.make_views(keys, images, views)
 
   def host():
-    crops = [stream.cut_views(image, views, (0, i)) for i, image in enumerate(images)]
+    crops = [crop.cut_views(image, views, (0, i)) for i, image in enumerate(images)]
     return tuple(np.stack(x) for x in zip(*crops, strict=True))
 
   transforms = [peer_complete(view) for view in views]

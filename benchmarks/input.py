@@ -10,7 +10,7 @@
   complete   PIL and the whole transform, to float32 tensors: what the host does in the usual PyTorch input. Its blur
              is Pillow's, as in the official code of MoCo v2 and DINO.
 
-"calls" and "loader" (`stream.batches`, DataLoader, both in this process) run on one core, "threads" and "workers" on
+"calls" and "loader" (`Dataset.batches`, DataLoader, both in this process) run on one core, "threads" and "workers" on
 all that this process may use; against our threads stand the peer's workers. Numbers are medians over rounds in which
 all sides take turns; a loader is started anew for each, and its first batches are not counted.
 
@@ -25,7 +25,6 @@ import tempfile
 import time
 
 import common
-import numpy as np
 import PIL.features
 import PIL.Image
 import PIL.ImageFilter
@@ -39,9 +38,10 @@ from torchvision import transforms
 from configs import dino_imagenet, mae_imagenet, simclr_imagenet
 from ssl_jax import config
 from ssl_jax.augment import View
-from ssl_jax.data import stream
+from ssl_jax.data import Reading, crop
 from ssl_jax.data.folder import Files
 from ssl_jax.data.image import read_image
+from ssl_jax.data.stream import Streamed
 
 RECIPES = dict(simclr=simclr_imagenet, mae=mae_imagenet, dino=dino_imagenet)
 
@@ -117,15 +117,15 @@ def peer_complete(view: View):
 def our_calls(paths, views):
   """An endless iterator that makes one image's views at a time."""
   for i in range(10**9):
-    yield stream.cut_views(read_image(paths[i % len(paths)]), views, (0, i, 0))
+    yield crop.cut_views(read_image(paths[i % len(paths)]), views, (0, i, 0))
 
 
 def reduced_calls(files, views, reduced):
   """The same of `files`, of which large JPEGs may be decoded at a part of their size."""
-  least = stream.least_pixels(views, reduced)
+  least = crop.least_pixels(views, reduced)
   for i in range(10**9):
     pixels, size = files.read_reduced(i % len(files), least)
-    yield stream.cut_views(pixels, views, (0, i, 0), size)
+    yield crop.cut_views(pixels, views, (0, i, 0), size)
 
 
 def measure_reduced(args):
@@ -133,7 +133,7 @@ def measure_reduced(args):
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     names = write_photographs(folder, 12, (2000, 1500))
-    files = Files(folder, names, np.full(len(names), -1, np.int32), 3)
+    files = Files(folder, names, 3)
     print(f"{'':>7} {'whole':>7} {'reduced':>8} {'ratio':>6}")
     for recipe in args.recipes:
       views = config.views(RECIPES[recipe].get_config())
@@ -155,8 +155,9 @@ def peer_calls(paths, transform, views):
 
 def our_loader(files, views, batch_size, threads, workers):
   """An endless iterator over batches."""
-  run = dict(batch_size=batch_size, seed=0, start=0, stop=10**6, threads=threads, workers=workers)
-  return stream.batches(files, views, **run)
+  about = dict(labels=None, num_classes=0, name="photographs", split="train")
+  dataset = Streamed(images=files, reading=Reading(threads, workers), **about)
+  return dataset.batches(views, batch_size=batch_size, seed=0, start=0, stop=10**6)
 
 
 def peer_loader(paths, transform, views, batch_size, workers):
@@ -242,7 +243,7 @@ def main():
     print(f"JPEGs of {size / 1000:.0f} kB on average, batches of {args.batch_size}")
     print("images a second; ours and crops: crop and resize alone, ours leaves the rest to the device")
     print(f"{'':>7} {'':>8} {'ours':>7} {'crops':>7} {'ratio':>6} {'complete':>9} {'ratio':>6}")
-    files = Files(folder, names, np.full(len(names), -1, np.int32), 3)
+    files = Files(folder, names, 3)
     for recipe in args.recipes:
       views = config.views(RECIPES[recipe].get_config())
       for where, rate in measure(files, views, args, cores):

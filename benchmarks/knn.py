@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from lightly.utils.benchmarking import knn_predict as lightly_knn
 
-from ssl_jax import knn
+from ssl_jax.evaluation import knn
 
 TEMPERATURE, CLASSES = 0.07, 1000
 SIDES = ("ours", "official", "lightly")

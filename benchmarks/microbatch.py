@@ -27,7 +27,7 @@ def compile_step(batch, microbatch):
   encoder = resnet18(stem="small", axis_name=AXIS)
   method = simclr(encoder, SimCLRProjector(axis_name=AXIS), axis_name=AXIS, microbatch=microbatch)
   optimizer = optax.sgd(0.1)
-  init = jax.jit(training.make_init(method, optimizer, VIEWS, (32, 32, 3), 0), out_shardings=parallel.replicated(mesh))
+  init = jax.jit(training.make_init(method, optimizer, VIEWS, 3, 0), out_shardings=parallel.replicated(mesh))
   state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
   images = jax.ShapeDtypeStruct((batch, 32, 32, 3), np.uint8, sharding=parallel.split(mesh))
   step = training.compile_step(training.make_step(method, optimizer, VIEWS, 0, microbatch), state, mesh)

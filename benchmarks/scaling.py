@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from ssl_jax import build, optim, parallel, training
+from ssl_jax import augment, build, optim, parallel, training
 from ssl_jax import config as configs
 from ssl_jax.methods.base import AXIS
 
@@ -55,16 +55,15 @@ def compile_step(config, devices):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
   views, steps_per_epoch = configs.views(config), 1_281_167 // config.batch_size
   steps = config.steps or config.epochs * steps_per_epoch
-  optimizer = optim.from_config(
-    config, optim.schedule_from_config(config, steps, steps_per_epoch), steps, steps_per_epoch
-  )
-  method = build.method(config, steps, steps_per_epoch)[0]
-  init = training.make_init(method, optimizer, views, (views[0].size, views[0].size, 3), 0)
+  learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
+  optimizer = optim.make(config.optimizer, configs.parameter_rules(config), learning_rate, steps, steps_per_epoch)
+  method = build.method_of(config, steps, steps_per_epoch)[0]
+  init = training.make_init(method, optimizer, views, 3, 0)
   step = training.make_step(method, optimizer, views, 0, config.microbatch)
   state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
   if config.parallel.shard_state:
     state = parallel.sharded(state, mesh)
-  batch = parallel.abstract(training.batch_shapes(views, config.batch_size, 3), parallel.split(mesh))
+  batch = parallel.abstract({"image": augment.crop_shapes(views, config.batch_size, 3)}, parallel.split(mesh))
   return training.compile_step(step, state, mesh).lower(state, batch).compile()
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax import byol_loss, data, metrics
+from ssl_jax import byol_loss, data, monitors
 
 
 def init(key):
@@ -47,7 +47,7 @@ def main(steps=200):
     x = jnp.asarray(images[i * 128 % 11_000 :][:128])
     params, target, opt_state, value = step(params, target, opt_state, jax.random.key(i), x)
     losses.append(float(value))
-  std = metrics.monitors(project(params, images[:256])[:, None])["feature_std"]  # a loss of 0 may be a collapse
+  std = monitors.measure(project(params, images[:256])[:, None])["feature_std"]  # a loss of 0 may be a collapse
   print(f"byol_loss: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps (4 if nothing fits, 0 if all does)")
   print(f"feature_std {std:.2f} (about 1 where features spread evenly, 0 where all are one point)")
   return losses

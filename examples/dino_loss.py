@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax import data, dino_center, dino_loss, metrics
+from ssl_jax import data, dino_center, dino_loss, monitors
 
 PROTOTYPES = 256
 
@@ -51,7 +51,7 @@ def main(steps=200):
     x = jnp.asarray(images[i * 128 % 11_000 :][:128])
     params, teacher, center, opt_state, value = step(params, teacher, center, opt_state, jax.random.key(i), x)
     losses.append(float(value))
-  std = metrics.monitors(features(teacher, images[:256])[:, None])["feature_std"]  # a small loss may be a collapse
+  std = monitors.measure(features(teacher, images[:256])[:, None])["feature_std"]  # a small loss may be a collapse
   print(f"dino_loss: {losses[0]:.3f} at first, {losses[-1]:.3f} after {steps} steps (chance {jnp.log(PROTOTYPES):.2f})")
   print(f"feature_std {std:.2f} (about 1 where features spread evenly, 0 where all are one point)")
   return losses

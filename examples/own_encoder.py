@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import ssl_jax
-from ssl_jax import augment, data, metrics
+from ssl_jax import augment, data, monitors
 from ssl_jax.models.heads import Projector
 
 
@@ -49,7 +49,7 @@ def main(steps=100):
     (loss, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, views, keys, i)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    std = metrics.monitors(*aux.monitored)["feature_std"]  # a loss of 0 may be a collapse
+    std = monitors.measure(*aux.monitored)["feature_std"]  # a loss of 0 may be a collapse
     return params, method.update(params, state, aux, i), opt_state, loss, std
 
   params, state, opt_state = init()

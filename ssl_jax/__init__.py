@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
   from ssl_jax.augment import View as View
   from ssl_jax.augment import make_views as make_views
+  from ssl_jax.build import restore_encoder as restore_encoder
   from ssl_jax.data.image import read_image as read_image
-  from ssl_jax.evaluate import restore_encoder as restore_encoder
-  from ssl_jax.knn import knn_predict as knn_predict
+  from ssl_jax.evaluation.knn import knn_predict as knn_predict
   from ssl_jax.losses import byol_loss as byol_loss
   from ssl_jax.losses import dino_center as dino_center
   from ssl_jax.losses import dino_loss as dino_loss
@@ -47,7 +47,7 @@ _HOMES = {  # the module of each name
   "dino_center": "losses",
   "dino_loss": "losses",
   "info_nce": "losses",
-  "knn_predict": "knn",
+  "knn_predict": "evaluation.knn",
   "mae": "methods.mae",
   "mae_loss": "losses",
   "make_views": "augment",
@@ -56,11 +56,20 @@ _HOMES = {  # the module of each name
   "nt_xent": "losses",
   "patchify": "losses",
   "read_image": "data.image",
-  "restore_encoder": "evaluate",
+  "restore_encoder": "build",
   "simclr": "methods.simclr",
   "unpatchify": "losses",
 }
-_MODULES = ("augment", "convert", "data", "knn", "losses", "methods", "models", "optim")  # without a line of their own
+_MODULES = (
+  "augment",
+  "convert",
+  "data",
+  "losses",
+  "methods",
+  "models",
+  "optim",
+  "training",
+)  # without a line of their own
 
 __all__ = list(_HOMES)
 

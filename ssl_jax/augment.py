@@ -56,10 +56,13 @@ class View(NamedTuple):
 
 
 class EvaluationView(NamedTuple):
-  """What the encoder sees in evaluation: short side to `resize`, centre crop of `size`, normalise; None: left out."""
+  """What the encoder sees in evaluation: short side to `resize`, centre crop of `size`, normalise.
 
-  resize: int | None = None
-  size: int | None = None
+  Data sets do the first two (`Dataset.in_order`), `evaluation_view` the last. Empty `mean` and `std` leave [0, 1].
+  """
+
+  resize: int
+  size: int
   interpolation: str = "bicubic"
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
@@ -87,7 +90,7 @@ def make_views(
 
   Args:
     keys: typed keys [b], one an example (`example_keys`).
-    images: uint8 [b, H, W, C]; or, where the crops are cut already (`ssl_jax.data.stream`), a tuple of uint8
+    images: uint8 [b, H, W, C]; or, where the crops are cut already (`data.Dataset.batches`), a tuple of uint8
       [b, v, size, size, C], one a resolution in order of first appearance.
     views: descriptions. View i of an example depends on its key and i only.
 
@@ -119,6 +122,12 @@ def by_resolution(views: Sequence[View]) -> dict[int, list[int]]:
   for i, view in enumerate(views):
     sizes.setdefault(view.size, []).append(i)
   return sizes
+
+
+def crop_shapes(views: Sequence[View], batch_size: int, channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """The shapes of a batch whose crops are cut already: uint8 [b, v, size, size, C], one a resolution."""
+  counts = {size: len(indices) for size, indices in by_resolution(views).items()}
+  return tuple(jax.ShapeDtypeStruct((batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
 
 
 def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = False) -> jax.Array:
@@ -164,25 +173,9 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
 
 
 def evaluation_view(images: jax.Array, view: EvaluationView) -> jax.Array:
-  """Resizes, crops the centre and normalises: uint8 [b, H, W, C] -> float32 [b, h, w, C]."""
-  height, width = images.shape[1:3]
-  short, target = min(height, width), view.resize or min(height, width)
-  resized = (target * height // short, target * width // short)  # torchvision cuts the long side down
-  crop = resized if view.size is None else (view.size, view.size)
-  start = [round((r - c) / 2) for r, c in zip(resized, crop, strict=True)]
-  if min(start) < 0:
-    raise ValueError(f"evaluation view: a centre crop of {view.size} does not fit in an image of {resized}.")
-  x = images.astype(jnp.float32) / 255
-  if view.resize is not None:
-    rows, columns = (
-      _resize_weights(jnp.float32(0), jnp.float32(n), n, r, view.interpolation)[s : s + c]
-      for n, r, s, c in zip((height, width), resized, start, crop, strict=True)
-    )
-    x = jnp.einsum("yh,bhwc->bywc", rows, x, precision=_HIGHEST)
-    x = jnp.clip(jnp.einsum("xw,bywc->byxc", columns, x, precision=_HIGHEST), 0, 1)
-  else:
-    x = x[:, start[0] : start[0] + crop[0], start[1] : start[1] + crop[1]]
-  return jnp.moveaxis(normalize(jnp.moveaxis(x, -1, 0)[:, None], view.mean, view.std)[:, 0], 0, -1)
+  """What the encoder gets of images that are resized and cropped: uint8 [b, h, w, C] -> float32 [b, h, w, C]."""
+  planar = jnp.moveaxis(images.astype(jnp.float32) / 255, -1, 0)[:, None]
+  return jnp.moveaxis(normalize(planar, view.mean, view.std)[:, 0], 0, -1)
 
 
 def crop_box(uniforms: jax.Array, image_size: tuple[int, int], scale, ratio) -> jax.Array:

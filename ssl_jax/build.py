@@ -1,14 +1,175 @@
-"""From a config to the method and the encoder of a run: methods and models are handed their own sections here."""
+"""The one door: from a config, or from a run's workdir, to everything that is built from it.
+
+Only this file and `config.py` see a whole config. The other modules are handed their own sections or plain values.
+"""
 
 import functools
-from typing import Any
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
 
 from ssl_jax import config as configs
-from ssl_jax import methods, models
+from ssl_jax import data, flops, methods, models, optim, parallel, training
+from ssl_jax.augment import EvaluationView, View
+from ssl_jax.data import Dataset
+from ssl_jax.errors import UserError
+from ssl_jax.evaluation import features
 from ssl_jax.methods.base import AXIS, Context, Method
+from ssl_jax.run import checkpoint
+from ssl_jax.run.workdir import read_resolved
+from ssl_jax.training import TrainState
+
+
+class Run(NamedTuple):
+  """A recipe with everything built from it that a run needs.
+
+  Attributes:
+    config: the recipe, for what is written and told, and for when the loop logs, evaluates and saves.
+    mesh: all devices of all processes.
+    train_set: what it trains on.
+    bank, test_set: labelled images for the online k-NN; None: there are none.
+    views, eval_view: what training draws of an image, and what evaluation sees of it.
+    steps, steps_per_epoch: of the schedules.
+    last_step: of this run, which may be stopped earlier.
+    learning_rate: the schedule.
+    method, encoder: the method, and its encoder for evaluation.
+    init: () -> TrainState, compiled.
+    state: the TrainState's shapes, types and shardings.
+    train_step: (TrainState, batch) -> (TrainState, metrics), compiled; the state that goes in is donated.
+    flops: of a step, on all devices.
+    peak: FLOP/s of all devices; None: not known.
+    chance: the loss of uninformative outputs; None: there is no such value.
+    extractor: computes features.
+    painter: draws the method's pictures; None: it has none.
+  """
+
+  config: Any
+  mesh: Mesh
+  train_set: Dataset
+  bank: Dataset | None
+  test_set: Dataset | None
+  views: tuple[View, ...]
+  eval_view: EvaluationView
+  steps: int
+  steps_per_epoch: int
+  last_step: int
+  learning_rate: optax.Schedule
+  method: Method
+  encoder: nn.Module
+  init: Callable[[], TrainState]
+  state: TrainState
+  train_step: Any
+  flops: int
+  peak: float | None
+  chance: float | None
+  extractor: features.Extractor
+  painter: Callable | None
+
+  def batches(self, start: int) -> Iterator[dict[str, Any]]:
+    """This process's part of the batches from step `start` to the run's last (`Dataset.batches`)."""
+    here = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    settings = dict(batch_size=self.config.batch_size, seed=self.config.seed, start=start, stop=self.last_step)
+    return self.train_set.batches(self.views, **settings, **here)
+
+  def facts(self) -> dict[str, str]:
+    """The data sets in a line each, which all processes of a run must have alike."""
+    sets = {"data.split": self.train_set, "data.test_split": self.test_set}
+    return {name: "none" if x is None else x.summary() for name, x in sets.items()}
+
+  def resolved(self) -> dict[str, Any]:
+    """What the data decided and the config alone does not tell, as JSON holds it."""
+    return {
+      "images": len(self.train_set),
+      "files": self.train_set.fingerprint,
+      "channels": self.train_set.channels,
+      "classes": list(self.train_set.classes),
+      "steps": self.steps,
+      "steps_per_epoch": self.steps_per_epoch,
+    }
+
+
+def run(config: Any) -> Run:
+  """Builds everything. Whatever is wrong with a recipe shows here, before anything is compiled.
+
+  Raises:
+    UserError: a mistake in the recipe or the data. Any other exception is a bug.
+  """
+  mesh, views, eval_view = parallel.make_mesh(), configs.views(config), configs.eval_view(config)
+  train_set = dataset(config, config.data.split)
+  configs.check(config, images=len(train_set), devices=mesh.size)
+  train_set.check_readable()
+  bank, test_set = knn_sets(config, train_set)
+
+  steps, steps_per_epoch = configs.schedule_length(config, len(train_set))
+  learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
+  rules = configs.parameter_rules(config)
+  optimizer = optim.make(config.optimizer, rules, learning_rate, steps, steps_per_epoch)
+  method, encoder = method_of(config, steps, steps_per_epoch)
+
+  init = training.make_init(method, optimizer, views, config.data.channels, config.seed)
+  step = training.make_step(method, optimizer, views, config.seed, config.microbatch)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
+  optim.check_rules(rules, state.params)
+  if config.parallel.shard_state:
+    state = parallel.sharded(state, mesh)
+  train_step = training.compile_step(step, state, mesh)
+  shapes = train_set.batch_shapes(views, config.batch_size)
+  program = train_step.trace(state, parallel.abstract(shapes, parallel.split(mesh)))
+
+  extractor = features.Extractor(encoder, eval_view, mesh, config.batch_size)
+  extractor.trace(method.encoder(state.params, state.state), train_set.channels)
+  device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
+  return Run(
+    config=config,
+    mesh=mesh,
+    train_set=train_set,
+    bank=bank,
+    test_set=test_set,
+    views=views,
+    eval_view=eval_view,
+    steps=steps,
+    steps_per_epoch=steps_per_epoch,
+    last_step=min(steps, config.stop_after_steps or steps),
+    learning_rate=learning_rate,
+    method=method,
+    encoder=encoder,
+    init=jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state)),
+    state=state,
+    train_step=train_step,
+    flops=flops.count(program.jaxpr),
+    peak=device_peak and device_peak * mesh.size,
+    chance=method.chance(config.batch_size) if method.chance else None,
+    extractor=extractor,
+    painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
+  )
+
+
+def dataset(config: Any, split: str) -> Dataset:
+  """A split of the data that a config names."""
+  settings: dict[str, Any] = dict(channels=config.data.channels, reading=configs.reading(config))
+  if config.data.folder:
+    return data.load_folder(config.data.folder, split, **settings)
+  return data.load(config.data.name, split, data_dir=config.data.data_dir, **settings)
+
+
+def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple[None, None]:
+  """(bank, queries) of the online k-NN, numbered alike; Nones where one of them has no labels."""
+  folder, split = config.data.folder, config.data.test_split
+  there = split and (not folder or (pathlib.Path(folder).expanduser() / split).is_dir())
+  test_set = dataset(config, split) if there and train_set.is_labelled else None
+  if test_set is None or not test_set.is_labelled:
+    return None, None
+  test_set.check_readable()
+  return train_set.thinned(config.knn.bank_images), test_set.numbered_as(train_set)
 
 
 def context(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None = AXIS) -> Context:
@@ -19,6 +180,7 @@ def context(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None
     encoder=functools.partial(models.make, config.encoder, **settings),
     is_vit=config.encoder.name.startswith("vit"),
     views=views,
+    batch_size=config.batch_size,
     channels=config.data.channels,
     steps=steps,
     steps_per_epoch=steps_per_epoch,
@@ -28,7 +190,59 @@ def context(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None
   )
 
 
-def method(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None = AXIS) -> tuple[Method, nn.Module]:
+def method_of(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None = AXIS) -> tuple[Method, nn.Module]:
   """The method of a recipe, and its encoder for evaluation."""
   module, given = methods.find(config.method.name), context(config, steps, steps_per_epoch, axis_name)
   return module.from_config(config.method, given), module.make_encoder(config.method, given)
+
+
+class Restored(NamedTuple):
+  """An encoder from a run: `encoder.apply(variables, images, train=False)` gives its features.
+
+  Attributes:
+    encoder: the module.
+    variables: its parameters and batch statistics.
+    step: of the checkpoint.
+    config: the run's.
+    eval_view: what the run's evaluation sees of an image.
+  """
+
+  encoder: nn.Module
+  variables: dict[str, Any]
+  step: int
+  config: Any
+  eval_view: EvaluationView
+
+
+def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
+  """Restores the encoder that a run's method evaluates, onto this process's devices, however many wrote it.
+
+  Args:
+    workdir: what train.py wrote to.
+    step: which checkpoint; None: the newest.
+
+  Raises:
+    UserError: there is no such run or checkpoint, or it cannot be read.
+  """
+  workdir = pathlib.Path(workdir)
+  if not (workdir / "config.json").is_file():
+    raise UserError(f"{workdir} is not a run: it has no config.json.")
+  config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+  folder = workdir / "checkpoints"
+  found = checkpoint.steps(folder)
+  step = next(iter(found), None) if step is None else step
+  if step not in found:
+    raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
+  assert step is not None
+  resolved = read_resolved(workdir)
+  # Schedules end at `steps`, which no evaluation sees: runs that did not write it are as long as they came.
+  steps = resolved.get("steps", max(step, 1))
+  method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))
+  init = training.make_init(method, optax.identity(), configs.views(config), config.data.channels, config.seed)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(parallel.make_mesh()))
+  try:
+    restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
+    raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
+  variables = method.encoder(restored["params"], restored["state"])
+  return Restored(encoder, variables, step, config, configs.eval_view(config))

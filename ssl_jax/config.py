@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,9 @@ import ml_collections
 from ml_collections import config_dict
 
 from ssl_jax import augment
+from ssl_jax.data.dataset import Reading
 from ssl_jax.errors import UserError
+from ssl_jax.optim import ParameterRules
 
 # What may change between the runs of one workdir: it changes no number of the training, but by rounding. What a folder
 # holds is compared by itself.
@@ -41,9 +42,9 @@ def base() -> ml_collections.ConfigDict:
   config.data.split = "train"
   config.data.test_split = "test"
   config.data.channels = 3
-  config.data.threads = config_dict.placeholder(int)  # that decode streamed images; None: one a core
+  config.data.threads = config_dict.placeholder(int)  # that decode images; None: one a core
   config.data.workers = 0  # processes that decode in place of this one
-  # Streamed JPEGs with more pixels than crops need are decoded smaller, for training alone: faster, other numbers.
+  # JPEGs with more pixels than crops need are decoded smaller, for training alone: faster, other numbers.
   config.data.reduced_decoding = config_dict.placeholder(bool)
 
   config.eval_view = ml_collections.ConfigDict()
@@ -92,14 +93,28 @@ def _check_view(name: str, view: augment.View, channels: int) -> None:
 
 
 def eval_view(config: Any) -> augment.EvaluationView:
-  """The recipe's evaluation view."""
-  return augment.EvaluationView(**_with_tuples(config.eval_view))
+  """The recipe's evaluation view; where it names no size, that of its first view, and no margin around it."""
+  given = _with_tuples(config.eval_view)
+  size = given["size"] or int(config.views[0]["size"])
+  view = augment.EvaluationView(**{**given, "size": size, "resize": given["resize"] or size})
+  if view.size > view.resize:
+    raise UserError(
+      f"a centre crop of {view.size} pixels (eval_view.size, else the first view's) does not fit in "
+      f"eval_view.resize={view.resize}."
+    )
+  return view
 
 
-def threads(config: Any) -> int:
-  """How many threads decode streamed images."""
-  given = config.data.get("threads")  # runs of older versions have none
-  return (os.cpu_count() or 1) if given is None else given
+def parameter_rules(config: Any) -> ParameterRules:
+  """Which parameters the recipe's optimizer treats differently."""
+  patterns = {key: tuple(config.get(key, ())) for key in ("no_decay", "frozen", "late")}
+  return ParameterRules(**patterns, late_epochs=config.get("late_epochs", 0))
+
+
+def reading(config: Any) -> Reading:
+  """How the recipe's images are decoded."""
+  section = config.data  # runs of older versions lack some of these keys
+  return Reading(section.get("threads"), section.get("workers") or 0, bool(section.get("reduced_decoding")))
 
 
 def _with_tuples(mapping: Any) -> dict[str, Any]:

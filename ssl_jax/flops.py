@@ -55,7 +55,7 @@ def count(program: ClosedJaxpr) -> int:
   Two for each multiplication and addition. A loop counts as often as it runs where tracing tells that (`lax.scan`,
   `lax.map`), else once; of the branches of a condition the dearest. Terms of a convolution that meet padding or the
   holes of a dilation are left out, so that each of its two gradients costs exactly what it does. What `jax.checkpoint`
-  computes again counts like all else: for model FLOPs trace a program without.
+  computes again in the backward pass is left out, since these are the FLOPs of the model.
   """
   return _count(program.jaxpr)
 
@@ -77,6 +77,8 @@ def _count(jaxpr):
 
 def _count_equation(equation):
   name, params = equation.primitive.name, equation.params
+  if "rematted_computation" in str(equation.source_info.name_stack):  # JAX's name for what it computes again
+    return 0
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
     return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)

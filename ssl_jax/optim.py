@@ -2,13 +2,30 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, check_arguments
+
+
+class ParameterRules(NamedTuple):
+  """Which parameters an optimizer treats differently: regular expressions that match a parameter's whole path.
+
+  Attributes:
+    no_decay: neither decays nor adapts (LARS's trust ratio).
+    frozen: never trained.
+    late: not trained in the first `late_epochs` epochs. Neither late nor frozen parameters are decayed or have moments
+      meanwhile, as a PyTorch parameter without a gradient.
+    late_epochs: see `late`.
+  """
+
+  no_decay: tuple[str, ...] = ()
+  frozen: tuple[str, ...] = ()
+  late: tuple[str, ...] = ()
+  late_epochs: int = 0
 
 
 def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
@@ -47,15 +64,14 @@ def cosine_between(start: float, end: float, steps: int) -> optax.Schedule:
   return lambda step: end + (start - end) * cosine(step)
 
 
-def schedule_from_config(config: Any, steps: int, steps_per_epoch: int) -> optax.Schedule:
-  """The learning rate that `config.lr` describes.
+def make_schedule(lr: Any, batch_size: int, steps: int, steps_per_epoch: int) -> optax.Schedule:
+  """The learning rate that a recipe's section `lr` describes.
 
   Its keys: base, scaling (see `scaled_learning_rate`), warmup_epochs, end; and where a recipe has them, `inclusive`
   (see `warmup_cosine`), `by_epoch` (the rate changes between epochs only: MoCo v2) and `milestones` (epochs at which it
   falls to a tenth, in place of the cosine: MoCo v1).
   """
-  lr = config.lr
-  peak = scaled_learning_rate(lr.base, config.batch_size, lr.scaling)
+  peak = scaled_learning_rate(lr.base, batch_size, lr.scaling)
   if lr.get("milestones"):
     return optax.piecewise_constant_schedule(peak, {epoch * steps_per_epoch: 0.1 for epoch in lr.milestones})
   warmup_steps = round(lr.warmup_epochs * steps_per_epoch)
@@ -85,11 +101,11 @@ def matches(path: Sequence[Any], patterns: Sequence[str]) -> bool:
   return any(re.fullmatch(pattern, path_name(path)) for pattern in patterns)
 
 
-def check_rules(config: Any, params: Any) -> None:
+def check_rules(rules: ParameterRules, params: Any) -> None:
   """Raises UserError if an expression of the recipe matches no parameter: it has a mistake then."""
   names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   for key in ("no_decay", "frozen", "late"):
-    for pattern in config.get(key, ()):
+    for pattern in getattr(rules, key):
       if not any(re.fullmatch(pattern, name) for name in names):
         raise UserError(f"{key}: {pattern!r} matches no parameter; they are called {names[0]!r}, {names[-1]!r}.")
 
@@ -156,22 +172,27 @@ def clip_by_param_norm(max_norm: float) -> optax.GradientTransformation:
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": adamw}
 
 
-def from_config(
-  config: Any, learning_rate: optax.Schedule, steps: int, steps_per_epoch: int
+def make(
+  optimizer: Any, rules: ParameterRules, learning_rate: optax.Schedule, steps: int, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """Builds the optimizer of a recipe.
+  """Builds the optimizer that a recipe's section `optimizer` describes.
 
-  `config.optimizer` has its name and arguments; `weight_decay_end` makes the decay a cosine over the run, `clip` clips
-  each parameter's gradient. `config.no_decay` says what neither decays nor adapts. Where a recipe has them,
-  `config.frozen` says what is never trained and `config.late`, with `config.late_epochs`, what is not at first:
-  neither is decayed nor has moments meanwhile, as a PyTorch parameter without a gradient.
+  Args:
+    optimizer: its name and arguments; `weight_decay_end` makes the decay a cosine over the run, `clip` clips each
+      parameter's gradient.
+    rules: which parameters it treats differently.
+    learning_rate: schedule.
+    steps, steps_per_epoch: of the run.
+
+  Raises:
+    UserError: the name or an argument does not exist.
   """
-  arguments = dict(config.optimizer)
+  arguments = dict(optimizer)
   name, clip, decay_end = arguments.pop("name"), arguments.pop("clip", None), arguments.pop("weight_decay_end", None)
   if name not in OPTIMIZERS:
     raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+  check_arguments("optimizer", arguments, OPTIMIZERS[name])
   weight_decay = arguments.get("weight_decay", 0.0)
-  no_decay, frozen, late = (tuple(config.get(key, ())) for key in ("no_decay", "frozen", "late"))
 
   def build(shift):
     """The optimizer of parameters that start at step `shift`: its own count starts at 0 there."""
@@ -179,23 +200,20 @@ def from_config(
       decay = cosine_between(weight_decay, decay_end, steps)
       arguments["weight_decay"] = lambda step: decay(step + shift)
     return OPTIMIZERS[name](
-      lambda step: learning_rate(step + shift), lambda params: decayed(params, no_decay), **arguments
+      lambda step: learning_rate(step + shift), lambda params: decayed(params, rules.no_decay), **arguments
     )
 
-  try:
-    optimizer = build(0)
-    if frozen or late:
-      first = config.get("late_epochs", 0) * steps_per_epoch
-      parts = {
-        "trained": optimizer,
-        "frozen": optax.set_to_zero(),
-        "late": optax.conditionally_mask(build(first), lambda step: step >= first),
-      }
+  built = build(0)
+  if rules.frozen or rules.late:
+    first = rules.late_epochs * steps_per_epoch
+    parts = {
+      "trained": built,
+      "frozen": optax.set_to_zero(),
+      "late": optax.conditionally_mask(build(first), lambda step: step >= first),
+    }
 
-      def label(path, _):
-        return "frozen" if matches(path, frozen) else "late" if matches(path, late) else "trained"
+    def label(path, _):
+      return "frozen" if matches(path, rules.frozen) else "late" if matches(path, rules.late) else "trained"
 
-      optimizer = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(label, params))
-  except TypeError as error:
-    raise UserError(f"optimizer {name}: {error}.") from error
-  return optimizer if clip is None else optax.chain(clip_by_param_norm(clip), optimizer)
+    built = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(label, params))
+  return built if clip is None else optax.chain(clip_by_param_norm(clip), built)

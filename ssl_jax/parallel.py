@@ -70,7 +70,7 @@ def mean_part(x: jax.Array, spec: P) -> jax.Array:
   return lax.psum_scatter(x, AXIS, scatter_dimension=spec.index(AXIS), tiled=True) / lax.axis_size(AXIS)
 
 
-def compile_map(function: Callable, mesh: Mesh) -> Callable:
+def compile_map(function: Callable, mesh: Mesh) -> Any:
   """Compiles `function(variables, batch) -> outputs`: variables replicated, batch split, outputs gathered."""
 
   def gathered(variables, batch):

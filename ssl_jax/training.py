@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ssl_jax import augment, metrics, parallel
+from ssl_jax import augment, monitors, parallel
 from ssl_jax.augment import View
 from ssl_jax.methods.base import AXIS, Method
 
@@ -33,14 +32,15 @@ def make_init(
   method: Method,
   optimizer: optax.GradientTransformation,
   views: Sequence[View],
-  image_shape: tuple[int, ...],
+  channels: int,
   seed: int,
 ) -> Callable[[], TrainState]:
   """Returns `() -> TrainState`; the views of one black image tell the shapes."""
+  shape = 1, views[0].size, views[0].size, channels
 
   def init():
     keys = augment.example_keys(seed, jnp.int32(0), jnp.arange(1))
-    example = augment.make_views(keys, jnp.zeros((1, *image_shape), jnp.uint8), views)
+    example = augment.make_views(keys, jnp.zeros(shape, jnp.uint8), views)
     params, state = method.init(jax.random.key(seed, impl="threefry2x32"), example)
     return TrainState(jnp.int32(0), params, state, optimizer.init(params))
 
@@ -73,7 +73,7 @@ def make_step(
 
   def gradient(train, batch):
     step, params, state, _ = train
-    images = batch["image"]  # or, where they are streamed, the crops of each resolution
+    images = batch["image"]  # or the crops of each resolution
     b = jax.tree.leaves(images)[0].shape[0]
     positions = lax.axis_index(AXIS) * b + jnp.arange(b)
 
@@ -93,7 +93,7 @@ def make_step(
     params = optax.apply_updates(params, updates)
     state = method.update(params, state, aux, step)
 
-    row = aux.metrics | (metrics.monitors(*aux.monitored) if aux.monitored else {})
+    row = aux.metrics | (monitors.measure(*aux.monitored) if aux.monitored else {})
     row["grad_norm"] = optax.tree.norm(grads)
     # A step whose loss or gradient is not finite changes nothing. The loop stops when it next looks at the metrics.
     finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"])
@@ -132,11 +132,3 @@ def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Any:
     return step.update(train, *mapped(train._replace(opt_state=()), batch))
 
   return jax.jit(whole, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
-
-
-def batch_shapes(views: Sequence[View], batch_size: int, channels: int, whole: tuple[int, ...] | None = None) -> Any:
-  """The shapes of a batch: images [batch_size, *whole] or, where that is None, the crops of each resolution."""
-  if whole is not None:
-    return {"image": jax.ShapeDtypeStruct((batch_size, *whole), np.uint8)}
-  counts = {size: len(indices) for size, indices in augment.by_resolution(views).items()}
-  return {"image": tuple(jax.ShapeDtypeStruct((batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())}

@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # ssl_jax where it is not installed
 
 from runs import ROOT, address, assert_same_run, command, environment
-from ssl_jax import checkpoint, cluster, metrics
+from ssl_jax.run import checkpoint, cluster, log
 
 KINDS = ("kill", "term", "stop", "disk", "limit", "unreadable")
 CONNECT = 30  # seconds that a process waits for the other at the start
@@ -51,7 +51,7 @@ class Running(NamedTuple):
     """The newest row's step; -1 until this start has done a step of its own."""
     if "first step done" not in self.said():
       return -1
-    return max(row["step"] for row in metrics.read_rows(self.run / "metrics.jsonl"))
+    return max(row["step"] for row in log.read_rows(self.run / "metrics.jsonl"))
 
   def resumed(self) -> int | None:
     """The step that it went on from; None until it has said so."""

@@ -14,9 +14,10 @@ import test_all_methods
 from jax import lax
 
 import train
-from ssl_jax import augment, cluster, data, parallel
+from ssl_jax import augment, data, parallel
 from ssl_jax import config as configs
 from ssl_jax.methods.base import AXIS
+from ssl_jax.run import cluster
 
 
 def main(folder, coordinator, processes, process, *names):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ssl_jax import metrics
+from ssl_jax.run import log
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 8 steps an epoch, 20 steps, a checkpoint every 4, an evaluation every 8.
@@ -75,7 +75,7 @@ def rows(workdir):
   """The metrics without what depends on the clock."""
   return [
     {k: v for k, v in row.items() if k not in ("images_per_second", "input_share")}
-    for row in metrics.read_rows(workdir / "metrics.jsonl")
+    for row in log.read_rows(workdir / "metrics.jsonl")
   ]
 
 
@@ -94,7 +94,7 @@ def checksums(folder):
 
 def wait_for_step(step):
   def reached(workdir):
-    return any(row["step"] >= step for row in metrics.read_rows(workdir / "metrics.jsonl"))
+    return any(row["step"] >= step for row in log.read_rows(workdir / "metrics.jsonl"))
 
   return reached
 

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from runs import final_state
-from ssl_jax import augment, build, data, evaluate, metrics, parallel
+from ssl_jax import augment, build, monitors, parallel
 from ssl_jax import config as configs
+from ssl_jax.data import memory
+from ssl_jax.run import log
 
 ROOT = pathlib.Path(__file__).parents[1]
 METHODS = ["quickstart", "moco_quickstart", "byol_quickstart", "mae_quickstart", "dino_quickstart", "moco_imagenet:v3"]
@@ -65,18 +67,22 @@ def small(name):
 def few_images(monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 1), dtype=np.uint8)
   labels = np.arange(32, dtype=np.int32) % 2
-  monkeypatch.setattr(train, "load", lambda config, split: data.Dataset(images, labels, 2, "random", split))
+  monkeypatch.setattr(build, "dataset", lambda config, split: in_memory(images, labels, split))
+
+
+def in_memory(images, labels, split="train"):
+  return memory.InMemory(images=images, labels=labels, num_classes=int(labels.max()) + 1, name="random", split=split)
 
 
 def steps_on(config, mesh, monkeypatch, n=3):
-  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh)
-  plan = train.make_plan(config)
-  state, rows = plan.init(), []
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+  run = build.run(config)
+  state, rows = run.init(), []
   for step in range(n):
-    batch = {"image": plan.train_set.images[step * 8 : step * 8 + 8]}
-    state, row = plan.train_step(state, train.parallel.put_batch(mesh, batch))
+    batch = {"image": run.train_set.images[step * 8 : step * 8 + 8]}
+    state, row = run.train_step(state, parallel.put_batch(mesh, batch))
     rows.append(jax.device_get(row))
-  assert plan.train_step._cache_size() == 1  # the second step is the first one's program
+  assert run.train_step._cache_size() == 1  # the second step is the first one's program
   return jax.device_get(state), rows
 
 
@@ -139,7 +145,7 @@ MORE_WAYS = [
 @pytest.mark.parametrize("name", ["moco_quickstart", *slow("quickstart", "mae_quickstart", "dino_quickstart"), *SLOW])
 def test_a_step_is_the_same_however_the_batch_is_mapped(name, ways, mesh):
   config = small(name)
-  (mapped, _), (plain, _) = build.method(config, 8, 4), build.method(config, 8, 4, axis_name=None)
+  (mapped, _), (plain, _) = build.method_of(config, 8, 4), build.method_of(config, 8, 4, axis_name=None)
   keys = augment.example_keys(0, jnp.int32(0), jnp.arange(8))
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), dtype=np.uint8)
   views = jax.jit(lambda: augment.make_views(keys, images, configs.views(config)))()
@@ -184,11 +190,11 @@ def test_a_sharded_state_gives_the_same_steps_in_a_part_of_the_memory(name, mesh
     assert a.keys() == b.keys()
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
-  plan = train.make_plan(config)
-  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.state))
-  assert parallel.bytes_a_device(plan.state) < 0.3 * whole
-  held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(plan.init())]
-  assert sum(held) == parallel.bytes_a_device(plan.state)
+  run = build.run(config)
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.state))
+  assert parallel.bytes_a_device(run.state) < 0.3 * whole
+  held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.init())]
+  assert sum(held) == parallel.bytes_a_device(run.state)
 
 
 @pytest.mark.slow
@@ -202,21 +208,21 @@ def test_checkpoints_of_a_sharded_state_are_read_whole_and_the_other_way_round(n
     for devices, shard_state, stop in runs:
       config = small(name)
       config.parallel.shard_state, config.stop_after_steps = shard_state, stop
-      monkeypatch.setattr(train.parallel, "make_mesh", lambda devices=devices: mesh(devices))
+      monkeypatch.setattr(parallel, "make_mesh", lambda devices=devices: mesh(devices))
       assert train.main(config, tmp_path / workdir) == 0
   a, b = (final_state(tmp_path / workdir, 8) for workdir in ("whole", "changing"))
   a, b = ({part: tree for part, tree in state.items() if part != "fingerprint"} for state in (a, b))
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
     scale = max(float(np.max(np.abs(y))), 1e-3)
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
-  assert evaluate.restore_encoder(tmp_path / "changing").step == 8
+  assert build.restore_encoder(tmp_path / "changing").step == 8
 
 
 @pytest.mark.parametrize("name", ["moco_quickstart", *slow("mae_quickstart", "dino_quickstart"), *SLOW])
 def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   # Slow copy, queue and learning rate as well: each has once been lost in somebody's resume.
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
-  monkeypatch.setattr(train.parallel, "make_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",)))
+  monkeypatch.setattr(parallel, "make_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",)))
   for workdir, stops in (("whole", [None]), ("stopped", [3, 5, None])):
     for stop in stops:
       config = small(name)
@@ -232,7 +238,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   rows = [
     [
       {k: v for k, v in row.items() if k not in ("images_per_second", "input_share")}
-      for row in metrics.read_rows(tmp_path / w / "metrics.jsonl")
+      for row in log.read_rows(tmp_path / w / "metrics.jsonl")
     ]
     for w in ("whole", "stopped")
   ]
@@ -244,7 +250,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
 def test_the_encoders_output_does_not_depend_on_batch_mates(name, mesh, monkeypatch):
   config = small(name)
   state, _ = steps_on(config, mesh(1), monkeypatch, n=1)
-  method, encoder = build.method(config, 8, 4)
+  method, encoder = build.method_of(config, 8, 4)
   variables = method.encoder(state.params, state.state)
   images = np.random.default_rng(1).uniform(size=(4, 16, 16, 1)).astype(np.float32)
   apply = jax.jit(lambda images: encoder.apply(variables, images, train=False))
@@ -255,8 +261,8 @@ def test_the_encoders_output_does_not_depend_on_batch_mates(name, mesh, monkeypa
 
 @pytest.mark.parametrize("name", [*METHODS[:2], *METHODS[3:5], *SLOW])
 def test_slow_copies_are_arrays_of_their_own(name, mesh, monkeypatch):  # donated state must not alias
-  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(1))
-  state = train.make_plan(small(name)).init()
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
+  state = build.run(small(name)).init()
   places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
   assert len(set(places)) == len(places)
 
@@ -264,7 +270,7 @@ def test_slow_copies_are_arrays_of_their_own(name, mesh, monkeypatch):  # donate
 def test_a_uniform_teacher_and_a_single_prototype_are_told():
   fine = {"step": 5, "feature_std": 1.0, "effective_rank": 9.0, "alignment": 0.3}
   uniform = {**fine, "teacher_entropy": 0.999, "marginal_entropy": 1.0}
-  assert "uniform" in metrics.collapse_warning(uniform)
+  assert "uniform" in monitors.collapse_warning(uniform)
   one = {**fine, "teacher_entropy": 0.01, "marginal_entropy": 0.02}
-  assert "collapsed" in metrics.collapse_warning(one)
-  assert metrics.collapse_warning({**one, "teacher_entropy": 0.4, "marginal_entropy": 0.7}) is None
+  assert "collapsed" in monitors.collapse_warning(one)
+  assert monitors.collapse_warning({**one, "teacher_entropy": 0.4, "marginal_entropy": 0.7}) is None

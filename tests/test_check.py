@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 from photographs import photograph
 
-from ssl_jax.data import check
+from ssl_jax.commands import check
 
 
 def test_check_counts_names_and_measures(tmp_path, capsys):

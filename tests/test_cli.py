@@ -1,8 +1,14 @@
-"""The hint at what a CPU run lacks."""
+"""The commands of the package, and the hint at what a CPU run lacks."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 
-from ssl_jax import cli
+from runs import ROOT
+from ssl_jax import __main__
+from ssl_jax.run import cli
 
 
 @pytest.mark.parametrize(
@@ -31,3 +37,21 @@ def test_large_pages_are_hinted_at_where_they_can_be_had(monkeypatch, tmp_path, 
     assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in hint
     monkeypatch.setattr(cli.jax, "default_backend", lambda: "gpu")
     assert not cli.large_pages_hint()  # whose steps do not use this memory
+
+
+def test_the_package_lists_its_commands_and_refuses_others(monkeypatch, capsys):
+  for arguments in ([], ["--help"]):
+    monkeypatch.setattr(sys, "argv", ["ssl_jax", *arguments])
+    assert __main__.main() == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in __main__.COMMANDS)
+  monkeypatch.setattr(sys, "argv", ["ssl_jax", "shwo"])
+  assert __main__.main() == 2
+  assert "there is no command 'shwo'; there are check, prepare, show" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_every_command_explains_itself(name):
+  done = subprocess.run([sys.executable, "-m", "ssl_jax", name, "--help"], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stderr
+  assert f"python -m ssl_jax {name}" in done.stdout and len(done.stdout.splitlines()) < 40

@@ -29,8 +29,8 @@ from runs import (
   wait_for_save,
   wait_for_step,
 )
-from ssl_jax import cluster, metrics
 from ssl_jax.errors import UserError
+from ssl_jax.run import cluster, log
 
 SLOW = pytest.mark.slow
 
@@ -253,7 +253,7 @@ def test_a_full_disk_is_noticed_by_whoever_writes_to_tensorboard(tmp_path, monke
   with monkeypatch.context() as patch:
     patch.setattr(time, "time", lambda: 1e9)
     (tmp_path / "tensorboard" / f"events.out.tfevents.1000000000.{socket.gethostname()}").symlink_to("/dev/full")
-    writer = metrics.Writer(tmp_path, -1)
+    writer = log.Writer(tmp_path, -1)
   with pytest.raises(OSError, match="No space left"):  # The next rows would wait for ever for a thread that is dead.
     writer.write({"step": 1, "loss": 1.0})
   with pytest.raises(OSError, match="No space left"):
@@ -313,7 +313,7 @@ def test_every_method_has_the_same_numbers_on_every_topology(trained, processes,
   for name in (name.replace(":", "_") for name in [*METHODS, "sharded"]):
     whole = "dino_quickstart" if name == "sharded" else name
     folders = got / name, want / whole
-    a, b = (metrics.read_rows(folder / "metrics.jsonl") for folder in folders)
+    a, b = (log.read_rows(folder / "log.jsonl") for folder in folders)
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for row, other in zip(a, b, strict=True):
       for key in ("loss", "grad_norm", "knn_top1"):

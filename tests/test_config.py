@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_all_methods import in_memory
 
-import train
-from ssl_jax import augment, build, data, optim
+from ssl_jax import augment, build, optim, parallel
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
+from ssl_jax.methods import simclr
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 SHARED = [
@@ -80,14 +81,14 @@ def test_every_recipe_builds_and_takes_a_step(path, monkeypatch):
   config = shrink(recipe(path))
   channels = config.data.channels
   images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, channels), dtype=np.uint8)
-  monkeypatch.setattr(train, "load", lambda *_: data.Dataset(images, np.zeros(16, np.int32), 1, "random", "train"))
+  monkeypatch.setattr(build, "dataset", lambda *_: in_memory(images, np.zeros(16, np.int32)))
   config.steps = 4
   config.lr.warmup_epochs = min(0.5, config.lr.warmup_epochs)  # one step of it: the second has a learning rate
-  plan = train.make_plan(config)
-  state = plan.init()
+  run = build.run(config)
+  state = run.init()
   before = jax.device_get(state.params)
   for _ in range(2):
-    state, row = plan.train_step(state, train.parallel.put_batch(plan.mesh, {"image": images[:8]}))
+    state, row = run.train_step(state, parallel.put_batch(run.mesh, {"image": images[:8]}))
   assert all(np.isfinite(value) for value in jax.device_get(row).values())
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.params))
   # Not all of them: a residual block may start as the identity, and some parameters are frozen.
@@ -122,7 +123,7 @@ def peak(config):
 
 def test_the_paper_recipes_build_the_papers_model():
   config = recipe(by_name("simclr_imagenet"))
-  method = build.method(config, 1, 1)[0]
+  method = build.method_of(config, 1, 1)[0]
   params, _ = jax.eval_shape(method.init, jax.random.key(0), (jax.ShapeDtypeStruct((2, 1, 224, 224, 3), np.float32),))
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
   assert count(params["encoder"]) == 23_508_032  # torchvision's ResNet-50 without its classifier
@@ -172,6 +173,32 @@ def test_views_are_checked_by_name():
     configs.views(config)
 
 
+@pytest.mark.parametrize(
+  "name, section, key, near",
+  [
+    ("quickstart", "projector", "layres", "layers"),
+    ("byol_quickstart", "mlp", "hiden", "hidden"),
+    ("mae_quickstart", "decoder", "head", "heads"),
+    ("dino_quickstart", "head", "prototype", "prototypes"),
+  ],
+)
+def test_an_unknown_key_in_a_methods_section_is_told_with_the_nearest(name, section, key, near):
+  config = recipe(by_name(name))
+  config.method[section].unlock()
+  config.method[section][key] = 3
+  with pytest.raises(UserError, match=rf"method\.{section}\.{key} does not exist; did you mean '{near}'"):
+    build.method_of(config, 1, 1)
+
+
+def test_a_bug_is_not_told_as_a_users_mistake(monkeypatch):
+  def broken(*args, **kwargs):
+    raise TypeError("a bug")
+
+  monkeypatch.setattr(simclr, "nt_xent", broken)
+  with pytest.raises(TypeError, match="a bug"):
+    build.run(quick(batch_size=8))
+
+
 def test_a_config_survives_its_file():
   config = quick()
   saved = configs.to_json(config)
@@ -208,14 +235,14 @@ VARIANTS = [
 @pytest.mark.parametrize("path, arguments", VARIANTS, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x.stem)
 def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
   config = recipe(path, *arguments)
-  method = build.method(config, 100, 10)[0]
+  method = build.method_of(config, 100, 10)[0]
   sizes = dict.fromkeys(view["size"] for view in config.views)
   drawn = tuple(
     jax.ShapeDtypeStruct((sum(v["size"] == s for v in config.views), 1, s, s, config.data.channels), np.float32)
     for s in sizes
   )
   params, _ = jax.eval_shape(method.init, jax.random.key(0), drawn)
-  optim.check_rules(config, params)
+  optim.check_rules(configs.parameter_rules(config), params)
   marks = {
     optim.path_name(leaf): mark
     for leaf, mark in jax.tree_util.tree_leaves_with_path(optim.decayed(params, config.no_decay))
@@ -245,8 +272,8 @@ def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
 
 def test_frozen_and_late_parameters_neither_move_nor_decay_nor_have_moments():
   params = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(3)}
-  rules = dict(optimizer=dict(name="adamw", weight_decay=0.5), frozen=("a",), late=("b",), late_epochs=2)
-  optimizer = optim.from_config(configs.ml_collections.ConfigDict(rules), lambda step: 0.1 + 0.01 * step, 10, 2)
+  rules = optim.ParameterRules(frozen=("a",), late=("b",), late_epochs=2)
+  optimizer = optim.make(dict(name="adamw", weight_decay=0.5), rules, lambda step: 0.1 + 0.01 * step, 10, 2)
   state, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
   for step in range(5):
     updates, state = optimizer.update(grads, state, params)
@@ -259,9 +286,9 @@ def test_frozen_and_late_parameters_neither_move_nor_decay_nor_have_moments():
 
 def test_moco_v1_falls_at_its_milestones_and_v2_changes_between_epochs():
   v1, v2 = recipe(by_name("moco_imagenet"), "v1"), recipe(by_name("moco_imagenet"), "v2")
-  at = optim.schedule_from_config(v1, 2000, 10)
+  at = optim.make_schedule(v1.lr, v1.batch_size, 2000, 10)
   np.testing.assert_allclose([at(0), at(1199), at(1200), at(1600)], [0.03, 0.03, 0.003, 0.0003], rtol=1e-5)
-  at = optim.schedule_from_config(v2, 2000, 10)
+  at = optim.make_schedule(v2.lr, v2.batch_size, 2000, 10)
   np.testing.assert_allclose([at(0), at(9), at(10), at(1005)], [0.03, 0.03, *_cosine(1, 100)], rtol=1e-5)
 
 

@@ -19,6 +19,7 @@ from ssl_jax import data
 from ssl_jax.data import prepared
 from ssl_jax.data.fashion_mnist import CLASSES
 from ssl_jax.data.image import ImageError
+from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -233,7 +234,7 @@ def test_a_misspelt_name_names_the_nearest_and_the_command(own):
 def test_a_missing_fashion_mnist_names_our_command(tmp_path, name):
   message = error_of(name, "train", data_dir=tmp_path / "none")
   assert "the folder does not exist" in message
-  assert f"python -m ssl_jax.data.prepare fashion_mnist --data_dir={tmp_path / 'none'}" in message
+  assert f"python -m ssl_jax prepare fashion_mnist --data_dir={tmp_path / 'none'}" in message
 
 
 def test_the_built_in_set_is_not_looked_for_elsewhere(tmp_path):
@@ -318,7 +319,7 @@ def test_other_channels_are_refused(channels):
 def test_what_does_not_fit_is_streamed_if_it_is_encoded_and_refused_otherwise(own, tmp_path):
   whole = data.load("fashion_mnist_mini", "test")
   streamed = data.load("fashion_mnist_mini", "test", max_bytes=28 * 28 * 3 * 2_000 - 1)
-  assert streamed.is_streamed and streamed.is_labelled and len(streamed.images) == 2_000
+  assert isinstance(streamed, Streamed) and streamed.is_labelled and len(streamed) == 2_000
   again = pickle.loads(pickle.dumps(streamed.images.take(np.array([7, 1999, 3]))))
   for i, at in enumerate((7, 1999, 3)):
     np.testing.assert_array_equal(again.read(i), whole.images[at])
@@ -336,7 +337,7 @@ def test_images_of_different_sizes_are_streamed(tmp_path):
   images = [draw(4, 4, 3), draw(5, 6, 3), draw(7, 2, 3)]
   folder = write(tmp_path, images, image=tfds.features.Image(shape=(None, None, 3)))
   dataset = data.load("foreign", "train[1:]", data_dir=tmp_path)
-  assert dataset.is_streamed and not dataset.is_labelled and len(dataset.images) == 2
+  assert isinstance(dataset, Streamed) and not dataset.is_labelled and len(dataset) == 2
   for i in range(2):
     np.testing.assert_array_equal(dataset.images.read(i), images[i + 1])
     assert dataset.images.label(i) == -1
@@ -376,7 +377,7 @@ def test_a_set_without_images_lists_its_features(own):
 
 def test_nothing_here_imports_tensorflow():
   code = (
-    "import sys; from ssl_jax import data; from ssl_jax.data import prepare; "
+    "import sys; from ssl_jax import data; from ssl_jax.commands import prepare; "
     "data.load('fashion_mnist_mini', 'test[:5]'); sys.exit('tensorflow' in sys.modules)"
   )
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -385,7 +386,7 @@ def test_nothing_here_imports_tensorflow():
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet2012"])
 def test_what_is_not_there_is_prepared_by_our_own_command_where_there_is_one(tmp_path, name):
   message = error_of(name, "train", data_dir=tmp_path)
-  assert f"python -m ssl_jax.data.prepare {name} --from=" in message and f"--data_dir={tmp_path}" in message
+  assert f"python -m ssl_jax prepare {name} --from=" in message and f"--data_dir={tmp_path}" in message
   assert "tensorflow" not in message
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_all_methods import in_memory
 
 from ssl_jax import data
 from ssl_jax.data import dataset as order
@@ -86,3 +87,9 @@ def test_what_makes_no_batches_is_refused(kwargs, message):
 def test_a_process_beyond_the_last_is_refused(index):
   with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\)"):
     data.batch_indices(100, 10, 0, 0, process_index=index, process_count=2)
+
+
+@pytest.mark.parametrize("count, want", [(4, [0, 2, 5, 7]), (10, range(10)), (11, range(10)), (1, [0])])
+def test_a_thinned_set_is_spread_over_the_whole(count, want):
+  thinned = in_memory(np.arange(10, dtype=np.uint8)[:, None, None, None], np.arange(10, dtype=np.int32)).thinned(count)
+  assert thinned.labels.tolist() == thinned.images.ravel().tolist() == list(want)

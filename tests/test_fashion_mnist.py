@@ -1,12 +1,8 @@
 """Preparing Fashion-MNIST from its published files."""
 
 import gzip
-import os
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,8 +10,8 @@ import tensorflow_datasets as tfds
 from test_data import draw, edit_info, error_of
 
 from ssl_jax import data
-from ssl_jax.data import prepare
-from ssl_jax.data.fashion_mnist import read_split
+from ssl_jax.commands import prepare
+from ssl_jax.data.fashion_mnist import fashion_mnist_source, read_split
 from ssl_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,12 +48,17 @@ def test_prepare_writes_what_the_files_hold(tmp_path, capsys, plain):
 
 def test_ours_is_read_though_tfds_has_another_version_of_the_name(tmp_path):
   write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  folder = prepared(tmp_path)
   tfrecord = shutil.copytree(folder, folder.with_name("3.0.1"))
   edit_info(tfrecord, fileFormat="tfrecord", version="3.0.1")
   assert tfds.builder_cls("fashion_mnist").VERSION == "3.0.1"  # imports and registers TFDS's class
   assert len(data.load("fashion_mnist", "train", data_dir=tmp_path).images) == 12
   assert "prepared as tfrecord only" in error_of("fashion_mnist:3.0.1", "train", data_dir=tmp_path)
+
+
+def prepared(tmp_path, name="fashion_mnist", source="idx"):
+  sizes = prepare.SIZES[name]
+  return prepare.write(fashion_mnist_source(tmp_path / source, **sizes), name, tmp_path)
 
 
 def contents(folder):
@@ -66,92 +67,12 @@ def contents(folder):
 
 def test_a_second_run_says_so_and_changes_nothing(tmp_path, capsys):
   write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
+  folder = prepared(tmp_path)
   before = contents(folder)
   capsys.readouterr()
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", "--from=/nowhere"]) == 0
+  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'idx'}"]) == 0
   assert "already prepared, nothing changed" in capsys.readouterr().out
   assert contents(folder) == before
-
-
-KILLED = """
-import os, signal, sys
-from ssl_jax.data import dataset as order
-from ssl_jax.data import prepare, prepared
-from ssl_jax.data.fashion_mnist import FashionMnist
-generate = FashionMnist._generate_examples
-def until_killed(self, prefix):
-  for i, example in generate(self, prefix):
-    if (prefix, i) == ("t10k", 3):
-      os.kill(os.getpid(), signal.SIGKILL)
-    yield i, example
-FashionMnist._generate_examples = until_killed
-prepare.main(sys.argv[1:])
-"""
-
-
-def test_a_killed_run_neither_fools_nor_blocks_the_next(tmp_path):
-  write_idx(tmp_path / "idx")
-  args = ["fashion_mnist", f"--data_dir={tmp_path}", f"--from={tmp_path / 'idx'}"]
-  killed = subprocess.run([sys.executable, "-c", KILLED, *args], cwd=ROOT, capture_output=True)
-  assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-  (leftover,) = (tmp_path / "fashion_mnist").iterdir()
-  assert "was interrupted, or still runs" in error_of("fashion_mnist", "train", data_dir=tmp_path)
-  os.utime(leftover, (0, 0))  # old: no other host still writes it
-  assert prepare.main(args) == 0
-  assert [f.name for f in (tmp_path / "fashion_mnist").iterdir()] == ["1.0.0"]
-  assert len(data.load("fashion_mnist", "test", data_dir=tmp_path).images) == 5
-
-
-def test_a_run_beside_another_leaves_its_files_alone(tmp_path):
-  write_idx(tmp_path / "idx")
-  other = tmp_path / "fashion_mnist" / "incomplete.ABC123_1.0.0"
-  other.mkdir(parents=True)
-  prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  assert other.is_dir()
-
-
-def test_the_slower_of_two_runs_takes_the_folder_of_the_faster(tmp_path, monkeypatch):
-  write_idx(tmp_path / "idx")
-  download_and_prepare = prepare.FashionMnist.download_and_prepare
-
-  def overtaken(self, **kwargs):
-    monkeypatch.setattr(prepare.FashionMnist, "download_and_prepare", download_and_prepare)
-    prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-    raise OSError("Directory not empty")
-
-  monkeypatch.setattr(prepare.FashionMnist, "download_and_prepare", overtaken)
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  assert len(data.load("fashion_mnist", "train", data_dir=tmp_path).images) == 12
-  assert folder.is_dir()
-
-
-@pytest.mark.parametrize("missing", ["dataset_info.json", "fashion_mnist-test.array_record-00000-of-00001"])
-def test_an_incomplete_folder_is_written_anew(tmp_path, capsys, missing):
-  write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  (folder / missing).unlink()
-  prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  assert f"removing {folder}, which is not complete" in capsys.readouterr().out
-  assert len(data.load("fashion_mnist", "test", data_dir=tmp_path).images) == 5
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, capsys):
-  folder = tmp_path / "fashion_mnist" / "1.0.0"
-  folder.mkdir(parents=True)
-  (folder / "thesis.tex").write_text("years")
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
-  assert f"error: {folder} is not a prepared fashion_mnist: delete it" in capsys.readouterr().err
-  assert (folder / "thesis.tex").read_text() == "years"
-
-
-def test_a_tfrecord_folder_is_left_alone(tmp_path, capsys):
-  write_idx(tmp_path / "idx")
-  folder = prepare.prepare("fashion_mnist", tmp_path, tmp_path / "idx")
-  edit_info(folder, fileFormat="tfrecord")
-  assert prepare.main(["fashion_mnist", f"--data_dir={tmp_path}"]) == 1
-  assert "is prepared, but not as array_record" in capsys.readouterr().err
-  assert (folder / "dataset_info.json").is_file()
 
 
 def test_without_debians_package_the_error_says_where_to_get_the_files(tmp_path, capsys, monkeypatch):
@@ -230,4 +151,4 @@ def test_a_subset_is_the_head_and_needs_enough_images(tmp_path):
   np.testing.assert_array_equal(got[0], images[:5])
   np.testing.assert_array_equal(got[1], labels[:5])
   with pytest.raises(UserError, match="expected at least 12000 images, got 12"):
-    prepare.prepare("fashion_mnist_mini", tmp_path / "out", tmp_path)
+    fashion_mnist_source(tmp_path, **prepare.SIZES["fashion_mnist_mini"])

@@ -15,12 +15,16 @@ from test_train import folder_config, small_config
 
 import eval_knn
 import train
-from ssl_jax import augment, data, evaluate, metrics, parallel, report
+from ssl_jax import augment, build, data, parallel
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data import folder, stream
+from ssl_jax.data import folder
+from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.image import ImageError
+from ssl_jax.data.memory import InMemory
+from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Aux
+from ssl_jax.run import log, report
 
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
 
@@ -54,18 +58,18 @@ def test_one_size_goes_into_memory_and_anything_else_is_streamed(tmp_path):
   for i in range(3):
     photograph(tmp_path / "same" / f"{i}.png", i, (20, 16))
   same = data.load_folder(tmp_path / "same", "train")
-  assert not same.is_streamed and same.images.shape == (3, 16, 20, 3)
-  assert data.load_folder(tmp_path / "same", "train", max_bytes=3 * 16 * 20 * 3 - 1).is_streamed
+  assert isinstance(same, InMemory) and same.images.shape == (3, 16, 20, 3)
+  assert isinstance(data.load_folder(tmp_path / "same", "train", max_bytes=3 * 16 * 20 * 3 - 1), Streamed)
   (tmp_path / "same" / "9.png").write_bytes((tmp_path / "same" / "0.png").read_bytes()[:80])
   broken = data.load_folder(tmp_path / "same", "train")
-  assert broken.is_streamed and len(broken.images) == 4 and broken.num_classes == 0
-  np.testing.assert_array_equal(broken.images.read(1), same.images[1])
+  assert isinstance(broken, Streamed) and len(broken) == 4 and broken.num_classes == 0
+  np.testing.assert_array_equal(broken.original(1), same.images[1])
   photograph(tmp_path / "mixed" / "b" / "0.png", 0, (20, 16))
   photograph(tmp_path / "mixed" / "a" / "1.png", 1, (20, 17))
   mixed = data.load_folder(tmp_path / "mixed", "train")
-  assert mixed.is_streamed and mixed.labels.tolist() == [0, 1] and mixed.num_classes == 2
-  assert mixed.images.take(np.array([1])).names == ["b/0.png"]
-  assert mixed.images.take(np.array([1])).label(0) == 1
+  assert isinstance(mixed, Streamed) and mixed.labels.tolist() == [0, 1] and mixed.num_classes == 2
+  assert mixed.take(np.array([1])).image_name(0) == "b/0.png"
+  assert mixed.take(np.array([1])).label(0) == 1
 
 
 def test_images_of_other_channels_take_what_is_defined_for_them(tmp_path):
@@ -75,14 +79,14 @@ def test_images_of_other_channels_take_what_is_defined_for_them(tmp_path):
     alpha.save(tmp_path / f"{i}.png")
   config = small_config(**{"data.folder": str(tmp_path), "data.split": "train", "data.channels": 2, "batch_size": 8})
   config.steps, config.stop_after_steps = 9, 2
-  plan = train.make_plan(config)
-  assert "2 channels: colour jitter and grayscale are left out" in "".join(report.describe(config, plan))
-  assert plan.state.params["encoder"]["conv1"]["kernel"].shape[2] == 2
-  batch = next(train.read_batches(config, plan, 0, tmp_path / "skipped.txt"))
+  run = build.run(config)
+  assert "2 channels: colour jitter and grayscale are left out" in "".join(report.describe(run))
+  assert run.state.params["encoder"]["conv1"]["kernel"].shape[2] == 2
+  batch = next(run.batches(0))
   assert batch["image"][0].shape == (8, 2, 28, 28, 2)
   config.views = tuple({**view, "mean": (0.5,) * 3, "std": (0.2,) * 3} for view in config.views)
   with pytest.raises(UserError, match=r"views\[0\].mean must be one number for each of data.channels=2"):
-    train.make_plan(config)
+    build.run(config)
   color = jax.random.uniform(jax.random.key(0), (5, 9, 9))
   view = View(9, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=1.0, gray_p=1.0)
   np.testing.assert_allclose(augment.apply_view(jax.random.key(1), color, view), color, atol=1e-6)
@@ -108,7 +112,7 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   assert "24 images streamed, 3 channels\n" in out and f"wrote {tmp_path / 'stopped' / 'skipped.txt'}\n" in out
   assert out.count("skipped a/4.png, which cannot be read") == 2  # once a workdir
   assert (tmp_path / "stopped" / "skipped.txt").read_text() == "a/4.png\n"
-  rows = [row for row in metrics.read_rows(tmp_path / "whole" / "metrics.jsonl") if "knn_top1" in row]
+  rows = [row for row in log.read_rows(tmp_path / "whole" / "metrics.jsonl") if "knn_top1" in row]
   assert rows and all(row["knn_top1"] in 100 * np.arange(8) / 7 for row in rows)  # seven of eight can be read
   assert "knn.k=20 is more than" not in out
   with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), k=["20", "30"], batch_size=8):
@@ -123,10 +127,10 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
 
 def test_more_neighbours_than_the_bank_has_are_told_in_a_line(photographs):
   config = folder_config(photographs, **{"knn.k": 25})
-  plan = train.make_plan(config)
-  assert "knn.k=25 is more than the 24 images of the bank: all of them vote" in report.describe(config, plan)
+  run = build.run(config)
+  assert "knn.k=25 is more than the 24 images of the bank: all of them vote" in report.describe(run)
   config.data.test_split = "none"
-  lines = report.describe(config, train.make_plan(config))
+  lines = report.describe(build.run(config))
   assert "data.test_split='none' names no labelled images: the online k-NN is off" in lines
 
 
@@ -138,7 +142,7 @@ def test_a_single_class_and_classes_of_one_image_train_and_have_an_accuracy(clas
       photograph(tmp_path / split / f"c{i % classes}" / f"{i}.png", i)  # the same images: each finds itself
   config = folder_config(tmp_path, **{"stop_after_steps": 2, "knn.k": 1})
   assert train.main(config, tmp_path / "run") == 0
-  rows = [row for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "knn_top1" in row]
+  rows = [row for row in log.read_rows(tmp_path / "run" / "metrics.jsonl") if "knn_top1" in row]
   assert len(rows) == 2 and all(row["knn_top1"] == row["knn_top5"] == 100 for row in rows)
 
 
@@ -170,29 +174,28 @@ def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):
         photograph(tmp_path / "test" / name / f"{j}.png", 10 * i + j + 5, (20, 16))
   (tmp_path / "test" / "b").mkdir()
   bank, queries = (data.load_folder(tmp_path, split) for split in ("train", "test"))
-  assert bank.is_streamed and not queries.is_streamed
-  bank, same = evaluate.match(bank, queries)
-  assert bank.is_streamed and same.is_streamed
-  assert same.labels.tolist() == [0, 0, 2, 2] == [same.images.label(i) for i in range(4)]
-  np.testing.assert_array_equal(same.images.read(3), queries.images[3])
-  assert same.images.take(np.array([2])).label(0) == 2
+  assert isinstance(bank, Streamed) and isinstance(queries, InMemory)
+  same = queries.numbered_as(bank)
+  assert same.labels.tolist() == [0, 0, 2, 2] == [same.label(i) for i in range(4)]
+  np.testing.assert_array_equal(same.original(3), queries.images[3])
+  assert same.take(np.array([2])).label(0) == 2
   with pytest.raises(UserError, match="'train' has classes that 'test' has not: b"):
-    evaluate.match(queries, bank)
+    bank.numbered_as(queries)
 
 
 def test_a_crop_that_does_not_fit_and_negative_threads_are_told(photographs):
   with pytest.raises(UserError, match=r"crop of 28 pixels .* does not fit in eval_view.resize=16"):
-    train.make_plan(folder_config(photographs, **{"eval_view.resize": 16}))
+    build.run(folder_config(photographs, **{"eval_view.resize": 16}))
   with pytest.raises(UserError, match=r"data\.threads must not be negative, got -1"):
-    train.make_plan(folder_config(photographs, **{"data.threads": -1}))
+    build.run(folder_config(photographs, **{"data.threads": -1}))
   with pytest.raises(ImageError, match="too long: 400000x1"):
-    stream.centre_crop(np.zeros((1, 400_000, 3), np.uint8), EvaluationView(resize=256, size=224))
+    centre_crop(np.zeros((1, 400_000, 3), np.uint8), EvaluationView(resize=256, size=224))
 
 
 def test_names_of_any_bytes_can_be_written(tmp_path):
   photograph(tmp_path / "a.png", 0)
   os.rename(os.fsencode(tmp_path / "a.png"), os.fsencode(tmp_path) + b"/caf\xe9.png")
-  files = folder.Files(str(tmp_path), folder.find_images(tmp_path), np.array([-1]), 3)
+  files = folder.Files(str(tmp_path), folder.find_images(tmp_path), 3)
   assert files.read(0).shape[2] == 3
   (tmp_path / "out.txt").write_text(files.name(0), encoding="utf-8")
   assert files.name(0) == "caf\\xe9.png"

@@ -6,9 +6,9 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from test_all_methods import in_memory
 
-import train
-from ssl_jax import data
+from ssl_jax import build, parallel
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -31,18 +31,18 @@ def test_the_papers_model_takes_two_steps(name, batch, encoder, parameters, monk
   config.batch_size, config.steps, config.dtype = batch, 4, "float32"
   config.lr.warmup_epochs = 0
   images = np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8)
-  monkeypatch.setattr(train, "load", lambda config, split: data.Dataset(images, np.zeros(8, np.int32), 1, "x", split))
-  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(1))
-  plan = train.make_plan(config)
+  monkeypatch.setattr(build, "dataset", lambda config, split: in_memory(images, np.zeros(8, np.int32), split))
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
+  run = build.run(config)
   assert config.encoder.name == encoder
-  assert sum(x.size for x in jax.tree.leaves(plan.state.params["encoder"])) == parameters
+  assert sum(x.size for x in jax.tree.leaves(run.state.params["encoder"])) == parameters
   if name == "dino_imagenet":
     assert [view["size"] for view in config.views] == 2 * [224] + 8 * [96] and config.method.head.prototypes == 65536
-  state = plan.init()
+  state = run.init()
   before = jax.device_get(state.params["encoder"])
   for step in range(2):
     batch_images = images[step * batch : (step + 1) * batch]
-    state, row = plan.train_step(state, train.parallel.put_batch(plan.mesh, {"image": batch_images}))
+    state, row = run.train_step(state, parallel.put_batch(run.mesh, {"image": batch_images}))
     assert all(np.isfinite(x) for x in jax.device_get(row).values())
   moved = [
     np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params["encoder"]), strict=True)

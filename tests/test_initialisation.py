@@ -106,7 +106,7 @@ EXPECTED = {
 def test_parameters_start_as_in_the_official_code(run):
   config = recipe(run)
   config.dtype = "float32"
-  method, _ = build.method(config, 8, 4)
+  method, _ = build.method_of(config, 8, 4)
   sizes = [view.size for view in configs.views(config)]
   views = tuple(jnp.zeros((sizes.count(size), 1, size, size, 3)) for size in dict.fromkeys(sizes))
   init = jax.jit(jax.vmap(functools.partial(method.init, views=views)))

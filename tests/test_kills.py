@@ -12,7 +12,8 @@ import pytest
 from photographs import photograph
 
 from runs import ROOT, SMALL, environment
-from ssl_jax import data, metrics
+from ssl_jax import data
+from ssl_jax.run import log
 
 STEPS, BATCH, IMAGES = 300, 8, 61
 # train.py, noting what each step is given before it is taken. Workers import this file too, and then start nothing.
@@ -22,9 +23,10 @@ if __name__ == "__main__":
   from absl import flags
   from ml_collections import config_flags
   import train
-  from ssl_jax import cli, data
+  from ssl_jax.data.stream import Streamed
+  from ssl_jax.run import cli
   config = config_flags.DEFINE_config_file("config", sys.argv[1])
-  workdir, read = pathlib.Path(sys.argv[2]), data.stream.batches
+  workdir, read = pathlib.Path(sys.argv[2]), Streamed.batches
   def noted(*args, start, **kwargs):
     with open(workdir / "order.jsonl", "a") as file:
       for step, batch in enumerate(read(*args, start=start, **kwargs), start):
@@ -32,7 +34,7 @@ if __name__ == "__main__":
         file.flush()
         os.fsync(file.fileno())
         yield batch
-  data.stream.batches = noted
+  Streamed.batches = noted
   cli.run(lambda: train.main(config.value, workdir))
 """
 
@@ -61,7 +63,7 @@ def start(images, workdir, cache, threads, workers):
 
 def wait(process, workdir, step):
   deadline = time.time() + 120
-  while process.poll() is None and not any(r["step"] >= step for r in metrics.read_rows(workdir / "metrics.jsonl")):
+  while process.poll() is None and not any(r["step"] >= step for r in log.read_rows(workdir / "metrics.jsonl")):
     assert time.time() < deadline
     time.sleep(0.005)
   assert process.poll() is None, process.communicate()[0]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import evaluate, knn
-from ssl_jax.knn import accuracy, knn_predict
+from ssl_jax.evaluation import accuracy as accuracies
+from ssl_jax.evaluation import knn
+from ssl_jax.evaluation.knn import accuracy, knn_predict
 
 
 def reference(bank, labels, queries, k, temperature, classes, exclude=None):
@@ -101,16 +102,16 @@ def test_memory_beyond_the_bank_is_bounded_by_the_chunk(chunk_size):
 def test_a_bank_split_over_devices_gives_the_same_answer(mesh, devices, rows):
   bank, labels, queries = draw(rows, queries=12)
   bank[3] = bank[5] = bank[rows - 1]  # ties between parts
-  sharded = evaluate._sharded_search(mesh(devices), 6, 0.07, 4)
+  sharded = accuracies._sharded_search(mesh(devices), 6, 0.07, 4)
   fill = -rows % devices
   parts = np.pad(bank, ((0, fill), (0, 0))), np.pad(labels, (0, fill), constant_values=-1)
   exclude = np.arange(12) % rows
   want = knn_predict(bank, labels, queries, k=6, num_classes=4, exclude=exclude)
   np.testing.assert_allclose(sharded(*parts, queries, exclude), want, rtol=2e-5, atol=1e-7)  # float32 / 0.07
-  score = evaluate.knn_accuracy(bank, labels, queries, np.arange(12) % 4, k=6, temperature=0.07, mesh=mesh(devices))
-  assert score == evaluate.knn_accuracy(bank, labels, queries, np.arange(12) % 4, k=6, temperature=0.07)
+  score = accuracies.knn_accuracy(bank, labels, queries, np.arange(12) % 4, k=6, temperature=0.07, mesh=mesh(devices))
+  assert score == accuracies.knn_accuracy(bank, labels, queries, np.arange(12) % 4, k=6, temperature=0.07)
   with pytest.raises(ValueError, match="queries: 12 of 12 rows"):
-    evaluate.knn_accuracy(bank, labels, queries * np.nan, labels[:1], k=6, temperature=0.07, mesh=mesh(devices))
+    accuracies.knn_accuracy(bank, labels, queries * np.nan, labels[:1], k=6, temperature=0.07, mesh=mesh(devices))
 
 
 def test_more_neighbours_than_rows_are_all_rows_with_a_warning():
@@ -237,7 +238,7 @@ def test_a_single_class_and_classes_of_one_row_have_an_accuracy():
   settings = dict(k=20, temperature=0.07)
   with pytest.warns(UserWarning, match="more than the bank's 12 rows"):
     for labels, alone in ((np.zeros(12, int), 100), (itself, 0)):
-      whole = evaluate.knn_accuracy(features, labels, features, labels, **settings)
+      whole = accuracies.knn_accuracy(features, labels, features, labels, **settings)
       assert whole == {"top1": 100, "top5": 100}
-      left_out = evaluate.knn_accuracy(features, labels, features, labels, exclude=itself, **settings)
+      left_out = accuracies.knn_accuracy(features, labels, features, labels, exclude=itself, **settings)
       assert left_out == {"top1": alone, "top5": alone}

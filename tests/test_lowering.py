@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import build, optim, parallel, training
+from ssl_jax import augment, build, optim, parallel, training
 from ssl_jax import config as configs
 from ssl_jax.models import vit
 
@@ -114,16 +114,19 @@ RECIPES = [
 def test_every_methods_step_is_lowered_for_accelerators(name, backend, on, mesh):
   on(backend)
   config = recipe(name)
-  method = build.method(config, 8, 4)[0]
+  method = build.method_of(config, 8, 4)[0]
   config.lr.warmup_epochs = 1.0
-  optimizer = optim.from_config(config, optim.schedule_from_config(config, 8, 4), 8, 4)
+  rules, learning_rate = configs.parameter_rules(config), optim.make_schedule(config.lr, config.batch_size, 8, 4)
+  optimizer = optim.make(config.optimizer, rules, learning_rate, 8, 4)
   views = configs.views(config)
   devices = mesh(2)
-  init = training.make_init(method, optimizer, views, (256, 256, 3), 0)
+  init = training.make_init(method, optimizer, views, 3, 0)
   state = parallel.abstract(jax.eval_shape(init), parallel.replicated(devices))
   step = training.compile_step(training.make_step(method, optimizer, views, 0), state, devices)
   text = (
-    step.trace(state, training.batch_shapes(views, 64, 3)).lower(lowering_platforms=(PLATFORMS[backend],)).as_text()
+    step.trace(state, {"image": augment.crop_shapes(views, 64, 3)})
+    .lower(lowering_platforms=(PLATFORMS[backend],))
+    .as_text()
   )
   assert (FUSED in text) == (backend == "gpu" and config.encoder.name.startswith("vit"))
   assert "callback" not in text

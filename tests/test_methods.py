@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -83,8 +82,8 @@ def test_moco_v3_is_the_official_codes(golden, dtype, losses, probes):
   params, stats = start["params"], start["batch_stats"]
   state = moco_v3.MoCoV3State(heads.without_predictor(params), stats, heads.without_predictor(stats))
 
-  rules = dict(optimizer=dict(name="adamw", weight_decay=0.1), frozen=(r"encoder/patch_embed/.*",))
-  optimizer = optim.from_config(ml_collections.ConfigDict(rules), lambda step: rates[step], 10, 10)
+  rules = optim.ParameterRules(frozen=(r"encoder/patch_embed/.*",))
+  optimizer = optim.make(dict(name="adamw", weight_decay=0.1), rules, lambda step: rates[step], 10, 10)
   opt_state, step = optimizer.init(params), make_step(method, optimizer)
   for i, want in enumerate(g["losses"]):
     drawn, before = views((f"moco_v3/view1_{i}", f"moco_v3/view2_{i}"), (16, 32, 32, 3), dtype), state

@@ -66,7 +66,7 @@ def one_step(name, devices, microbatch, batch_norm=False):
   """(state after a step of gradient descent, metrics)."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
   method, optimizer = make(name, microbatch, batch_norm), optax.sgd(1.0)
-  with_axis = jax.vmap(lambda _: training.make_init(method, optimizer, VIEWS[name], (14, 14, 1), 0)(), axis_name=AXIS)
+  with_axis = jax.vmap(lambda _: training.make_init(method, optimizer, VIEWS[name], 1, 0)(), axis_name=AXIS)
   state = jax.device_put(jax.tree.map(lambda x: x[0], jax.jit(with_axis)(jnp.arange(1))), parallel.replicated(mesh))
   step = training.compile_step(training.make_step(method, optimizer, VIEWS[name], 0, microbatch), state, mesh)
   return jax.device_get(step(state, parallel.put_batch(mesh, {"image": IMAGES})))
@@ -137,7 +137,7 @@ def test_a_microbatch_bounds_the_memory_of_the_step(name):
         encoder, Head(), Head(), temperature=1.0, momentum=constant_momentum(0.9), axis_name=AXIS, microbatch=microbatch
       )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (AXIS,))
-    init = training.make_init(method, optimizer, views, (32, 32, 3), 0)
+    init = training.make_init(method, optimizer, views, 3, 0)
     state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
     step = training.compile_step(training.make_step(method, optimizer, views, 0, microbatch), state, mesh)
     batch = {"image": jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8, sharding=parallel.split(mesh))}

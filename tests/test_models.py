@@ -161,7 +161,7 @@ def test_an_encoder_is_made_by_name_and_its_recipe_is_over_the_methods_settings(
   ("encoder", "shown"),
   [
     (dict(name="resnet81"), "resnet81.*did you mean 'resnet"),
-    (dict(name="resnet18", depth=3), "encoder resnet18: .*depth"),
+    (dict(name="resnet18", depth=3), "encoder.depth does not exist"),
   ],
 )
 def test_a_mistake_in_an_encoder_is_named(encoder, shown):

@@ -8,9 +8,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ssl_jax.metrics import collapse_warning, draw_curves, monitors
+from ssl_jax import monitors
+from ssl_jax.monitors import collapse_warning
+from ssl_jax.run.plots import draw_curves
 
-measure = jax.jit(monitors)
+measure = jax.jit(monitors.measure)
 
 
 def unit(x):

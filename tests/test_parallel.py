@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ssl_jax import checkpoint, optim, parallel, training
+from ssl_jax import optim, parallel, training
 from ssl_jax.augment import View
 from ssl_jax.methods.base import AXIS, Aux, Monitored
 from ssl_jax.methods.simclr import simclr
 from ssl_jax.models import resnet
 from ssl_jax.models.heads import SimCLRProjector
+from ssl_jax.run import checkpoint
 
 STEPS = 3
 
@@ -122,7 +123,7 @@ def make_parts():
     functools.partial(optim.decayed, no_decay=(".*/bias", ".*/scale")),
     weight_decay=1e-4,
   )
-  return training.make_init(method, optimizer, VIEWS, (12, 12, 3), 0), training.make_step(method, optimizer, VIEWS, 0)
+  return training.make_init(method, optimizer, VIEWS, 3, 0), training.make_step(method, optimizer, VIEWS, 0)
 
 
 def batches():

@@ -14,7 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ssl_jax import data
-from ssl_jax.data import prepare, sources
+from ssl_jax.commands import prepare
+from ssl_jax.data import sources
 from ssl_jax.data.image import read_image
 from ssl_jax.errors import UserError
 

@@ -14,6 +14,7 @@ import pytest
 
 from ssl_jax import build
 from ssl_jax import config as configs
+from ssl_jax.__main__ import COMMANDS as COMMANDS_OF_THE_PACKAGE
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -96,9 +97,14 @@ def test_every_path_that_is_named_exists():
 
 def test_every_module_that_is_named_can_be_imported():
   names = set(re.findall(r"(?<![\w./])ssl_jax(?:\.\w+)+", PAGES))
-  assert len(names) > 3
+  assert len(names) >= 3
   for name in names:
     pkgutil.resolve_name(name)
+
+
+def test_every_command_that_is_named_exists():
+  named = set(re.findall(r"python -m ssl_jax (\w+)", PAGES))
+  assert named and named <= set(COMMANDS_OF_THE_PACKAGE)
 
 
 def recipe(path, *version):
@@ -116,7 +122,7 @@ def test_every_version_of_a_recipe_that_is_named_exists():
   assert len(named) > 10
   for path, version in named:
     config = recipe(path, "".join(version))
-    build.method(config, 100, 10)  # some recipes hand the version on, unseen
+    build.method_of(config, 100, 10)  # some recipes hand the version on, unseen
 
 
 def test_every_config_key_that_is_named_is_one_of_all_recipes():

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from ssl_jax import report
+from ssl_jax.run import report
 
 ROW = dict(step=40, epoch=1.25, loss=2.5, learning_rate=0.003, images_per_second=1600.0)
 
@@ -21,10 +21,10 @@ ROW = dict(step=40, epoch=1.25, loss=2.5, learning_rate=0.003, images_per_second
 )
 def test_a_steps_line_tells_what_binds_it_and_how_long_is_left(share, mfu, told):
   config = types.SimpleNamespace(batch_size=128)
-  plan = types.SimpleNamespace(steps=200, last_step=140, chance=5.541)
+  run = types.SimpleNamespace(config=config, steps=200, last_step=140, chance=5.541)
   row = ROW | dict(input_share=share) | ({} if mfu is None else {"mfu": mfu})
   want = f"step 40/200  epoch 1.25  loss 2.5000 (chance 5.54)  lr 3.00e-03  {told}"
-  assert report.progress(config, plan, row) == want
+  assert report.progress(run, row) == want
 
 
 def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():

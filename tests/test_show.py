@@ -7,10 +7,10 @@ import pytest
 from photographs import photograph
 from test_train import folder_config, small_config
 
-import train
-from ssl_jax import augment, metrics
+from ssl_jax import augment, build
 from ssl_jax import config as configs
-from ssl_jax.data import show
+from ssl_jax.commands import show
+from ssl_jax.run import plots
 
 LOOK = dict(scale=(0.2, 0.9), solarize_p=0.5)
 
@@ -26,29 +26,27 @@ def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, 
   large, small = dict(size=16, mean=(0.5,) * c, std=(0.2,) * c, **LOOK), dict(size=8, **LOOK)
   config.views = (large, small, large)
   views = configs.views(config)
-  dataset = train.load(config, config.data.split)
-  plan = train.Plan(*[None] * len(train.Plan._fields))._replace(train_set=dataset, last_step=1)
-  batch = next(train.read_batches(config, plan, 0, tmp_path / "skipped.txt"))["image"]
+  dataset = build.dataset(config, config.data.split)
+  batch = next(dataset.batches(views, batch_size=8, seed=config.seed, start=0, stop=1))["image"]
   keys = augment.example_keys(config.seed, 0, np.arange(config.batch_size))
   made = jax.jit(augment.make_views, static_argnums=2)(keys, batch, views)
   originals, drawn = show.first_views(config, dataset, 8)
   assert len(originals) == 8
-  assert not streamed or max(x.shape[1] for x in originals) == 240 // 4
   for got, want in zip(drawn, (made[0][0], made[1][0], made[0][1]), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-5)
   put_back = show.shown(drawn[0], views[0].mean, views[0].std)
   np.testing.assert_allclose((put_back - 0.5) / 0.2, drawn[0], atol=1e-4)
   sizes = []
   monkeypatch.setattr(
-    metrics, "draw_grid", lambda path, columns, *_, **__: sizes.append([x[0].shape for _, x in columns])
+    plots, "draw_grid", lambda path, columns, *_, **__: sizes.append([x[0].shape for _, x in columns])
   )
-  show.main(config, tmp_path / "views.png", 8)
+  show.draw(config, tmp_path / "views.png", 8)
   assert sizes == [[originals[0].shape, (16, 16, c), (8, 8, c), (16, 16, c)]]
 
 
 def test_a_folder_of_fewer_images_than_a_batch_is_shown(photographs):
   config = folder_config(photographs, batch_size=512)
-  originals, drawn = show.first_views(config, train.load(config, "train"), 6)
+  originals, drawn = show.first_views(config, build.dataset(config, "train"), 6)
   assert len(originals) == 6 and all(len(view) == 6 for view in drawn)
 
 
@@ -61,7 +59,5 @@ def test_a_caption_says_what_the_recipe_does():
 
 def test_a_grid_takes_pictures_of_different_sizes(tmp_path):
   pictures = [np.zeros((5, 9, 3)), np.ones((20, 4, 3))]
-  drawn = metrics.draw_grid(
-    tmp_path / "new" / "grid.png", [("as they are", pictures), ("two\nlines", pictures)], "title"
-  )
+  drawn = plots.draw_grid(tmp_path / "new" / "grid.png", [("as they are", pictures), ("two\nlines", pictures)], "title")
   assert drawn.shape == np.asarray(PIL.Image.open(tmp_path / "new" / "grid.png"))[..., :3].shape

@@ -284,6 +284,7 @@ def config():
       data=dict(channels=3),
       views=2 * (dict(size=32),),
       microbatch=None,
+      batch_size=8,
       encoder=dict(name="resnet", stages=(1, 1), width=0.5, stem="small"),
       method=dict(name="simclr", temperature=0.2, projector=dict(layers=2, hidden=64, features=32)),
     )
@@ -292,7 +293,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def created(config):
-  method, _ = build.method(config, 10, 5)
+  method, _ = build.method_of(config, 10, 5)
   params, _ = init(method, draw_views(1, np.float32))
   return {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
 
@@ -327,7 +328,7 @@ def test_the_projector_starts_normal_with_deviation_a_hundredth_and_its_last_nor
 
 
 def test_a_recipes_encoder_is_the_one_that_is_trained(config, created):
-  _, encoder = build.method(config, 10, 5)
+  _, encoder = build.method_of(config, 10, 5)
   params = jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.zeros((1, 6, 6, 3)), train=True))["params"]
   names = {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
   prefix = "encoder/"

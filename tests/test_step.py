@@ -9,8 +9,7 @@ import pytest
 from programs import equations
 from test_all_methods import SLOW, few_images, slow, small  # noqa: F401
 
-import train
-from ssl_jax import build, flops
+from ssl_jax import build, flops, parallel
 from ssl_jax.methods.base import AXIS
 
 # How many images of each example the slow copy encodes.
@@ -21,17 +20,17 @@ SLOW_COPIES = {"moco_quickstart": 1, "byol_quickstart": 2, "moco_imagenet:v3": 2
 def test_a_narrow_step_keeps_its_state_wide_and_never_asks_the_host(name, mesh, monkeypatch):
   config = small(name)
   config.dtype = "bfloat16"
-  monkeypatch.setattr(train.parallel, "make_mesh", lambda: mesh(2))
-  plan = train.make_plan(config)
-  batch = {"image": plan.train_set.images[:8]}
-  program = plan.train_step.trace(plan.state, train.parallel.put_batch(plan.mesh, batch))
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(2))
+  run = build.run(config)
+  batch = {"image": run.train_set.images[:8]}
+  program = run.train_step.trace(run.state, parallel.put_batch(run.mesh, batch))
   inside = list(equations(program.jaxpr.jaxpr))
   assert not [e for e in inside if re.search("callback|debug|feed", e.primitive.name)]
   products = [e for e in inside if e.primitive.name in ("dot_general", "conv_general_dilated")]
   assert any(e.outvars[0].aval.dtype == jnp.bfloat16 for e in products)
   state, row = program.out_info
   types = jax.tree.map(lambda x: x.dtype, state)
-  assert types == jax.tree.map(lambda x: x.dtype, plan.state)
+  assert types == jax.tree.map(lambda x: x.dtype, run.state)
   assert set(jax.tree.leaves(types)) <= {jnp.dtype("float32"), jnp.dtype("int32")}
   assert {x.dtype for x in row.values()} == {jnp.dtype("float32")}
 
@@ -39,7 +38,7 @@ def test_a_narrow_step_keeps_its_state_wide_and_never_asks_the_host(name, mesh, 
 @pytest.mark.parametrize("name", ["dino_quickstart", "moco_quickstart", *slow("quickstart", "mae_quickstart"), *SLOW])
 def test_a_step_costs_three_passes_of_what_is_trained_and_one_of_the_slow_copy(name):
   config = small(name)
-  method, encoder = build.method(config, 8, 4)
+  method, encoder = build.method_of(config, 8, 4)
   sizes = [view["size"] for view in config.views]
   views = tuple(jnp.zeros((sizes.count(size), 8, size, size, 1)) for size in dict.fromkeys(sizes))
   keys = jax.random.split(jax.random.key(0), 8)

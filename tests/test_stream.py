@@ -4,6 +4,7 @@ import gc
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from absl import flags
 from photographs import photograph
@@ -13,8 +14,12 @@ from test_train import small_config
 from ssl_jax import augment, data
 from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data import folder, stream
+from ssl_jax.data import Reading, folder
+from ssl_jax.data import crop as cropping
+from ssl_jax.data.crop import centre_crop, cut_views, least_pixels
 from ssl_jax.data.image import ImageError
+from ssl_jax.data.memory import InMemory
+from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
@@ -45,9 +50,25 @@ class Noise:
     return f"{i}.png"
 
 
-def read(images, start=0, stop=9, threads=2, workers=0, **kwargs):
-  run = dict(batch_size=4, seed=3, start=start, stop=stop, threads=threads, workers=workers)
-  return list(stream.batches(images, VIEWS, **{**run, **kwargs}))
+class Given(Noise):
+  """Images of an array."""
+
+  def __init__(self, pixels):
+    super().__init__(len(pixels))
+    self.pixels = pixels
+
+  def read(self, i):
+    return self.pixels[i]
+
+
+def streamed(images, threads=2, workers=0, reduced=False):
+  about = dict(labels=None, num_classes=3, name="noise", split="train")
+  return Streamed(images=images, reading=Reading(threads, workers, reduced), **about)
+
+
+def read(images, start=0, stop=9, threads=2, workers=0, reduced=False, **kwargs):
+  run = dict(batch_size=4, seed=3, start=start, stop=stop)
+  return list(streamed(images, threads, workers, reduced).batches(VIEWS, **{**run, **kwargs}))
 
 
 def assert_equal(got, want):
@@ -70,7 +91,7 @@ def test_nothing_holds_the_shared_memory_of_workers_after_the_last_batch():
   gc.collect()
   gc.disable()  # Python would warn of what is held in a cycle when it ends.
   try:
-    batches = stream.batches(Noise(13), VIEWS, batch_size=4, seed=3, start=0, stop=9, threads=1, workers=2)
+    batches = streamed(Noise(13), threads=1, workers=2).batches(VIEWS, batch_size=4, seed=3, start=0, stop=9)
     for _ in range(9):
       batch = next(batches)
     assert type(batch["index"]).__name__ == "SharedMemoryArray"
@@ -108,8 +129,8 @@ def test_crops_differ_between_views_steps_places_and_seeds(monkeypatch):
 @pytest.mark.parametrize("i", range(4))
 def test_crops_are_pillows(golden, monkeypatch, i, interpolation):
   g = golden("augment")
-  monkeypatch.setattr(stream, "crop_box", lambda *_: tuple(map(int, g["boxes_top_left_height_width"][i])))
-  (crop,) = stream.cut_views(g["image"], (View(32, interpolation=interpolation),), (0,))
+  monkeypatch.setattr(cropping, "crop_box", lambda *_: tuple(map(int, g["boxes_top_left_height_width"][i])))
+  (crop,) = cut_views(g["image"], (View(32, interpolation=interpolation),), (0,))
   assert crop.shape == (1, 32, 32, 3) and crop.dtype == np.uint8
   assert np.max(np.abs(crop[0].astype(int) - g[f"crop{i}_{interpolation}_32_pil"])) <= 1
 
@@ -125,7 +146,7 @@ def test_crops_are_pillows(golden, monkeypatch, i, interpolation):
 def test_boxes_are_distributed_as_torchvisions(golden, image_size, scale, key):
   want = np.float64(golden("augment")[f"random_resized_crop_{key}"])
   rng = np.random.default_rng(0)
-  got = np.float64([stream.crop_box(rng, image_size, (scale, 1.0), (3 / 4, 4 / 3)) for _ in range(5000)])
+  got = np.float64([cropping.crop_box(rng, image_size, (scale, 1.0), (3 / 4, 4 / 3)) for _ in range(5000)])
   for statistic in (
     lambda b: b[:, 2] * b[:, 3],
     lambda b: np.log(b[:, 3] / b[:, 2]),
@@ -139,16 +160,16 @@ def test_boxes_are_distributed_as_torchvisions(golden, image_size, scale, key):
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 300)])
 def test_tiny_and_narrow_images_are_enlarged(size):
   pixels = np.full((*size, 3), 77, np.uint8)
-  for crop in stream.cut_views(pixels, VIEWS, (0,)):
+  for crop in cut_views(pixels, VIEWS, (0,)):
     assert np.all(crop == 77)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_any_number_of_channels_is_cropped_plane_by_plane(channels):
   pixels = np.random.default_rng(0).integers(0, 256, (20, 30, channels), dtype=np.uint8)
-  crops = stream.cut_views(pixels, VIEWS, (5,))
+  crops = cut_views(pixels, VIEWS, (5,))
   for c in range(channels):
-    assert_equal(tuple(x[..., c : c + 1] for x in crops), stream.cut_views(pixels[..., c : c + 1], VIEWS, (5,)))
+    assert_equal(tuple(x[..., c : c + 1] for x in crops), cut_views(pixels[..., c : c + 1], VIEWS, (5,)))
 
 
 def test_the_device_finishes_cut_crops_as_it_finishes_its_own():
@@ -157,7 +178,7 @@ def test_the_device_finishes_cut_crops_as_it_finishes_its_own():
   views = (View(16, **whole, **look), View(12, **whole, flip=1.0), View(16, **whole, **look), View(16, **whole))
   images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
   images[:, 8:] //= 4
-  cut = [stream.cut_views(image, views, (0, i)) for i, image in enumerate(images)]
+  cut = [cut_views(image, views, (0, i)) for i, image in enumerate(images)]
   crops = jax.tree.map(lambda *x: np.stack(x), *cut)
   assert [x.shape for x in crops] == [(6, 3, 16, 16, 3), (6, 1, 12, 12, 3)]
   keys = augment.example_keys(0, np.int32(5), np.arange(6))
@@ -167,12 +188,20 @@ def test_the_device_finishes_cut_crops_as_it_finishes_its_own():
   np.testing.assert_allclose(got[1], want[1], atol=1.01 / 255)  # Pillow rounds
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (30, 47)])
-def test_evaluation_crops_are_the_devices(golden, shape):
-  pixels = golden("augment")["image"][: shape[0], : shape[1]]
-  view = EvaluationView(resize=24, size=20)
-  want = 255 * jax.jit(lambda x: augment.evaluation_view(x, view))(pixels[None])[0]
-  assert np.max(np.abs(stream.centre_crop(pixels, view) - want)) <= 1.5  # bicubic in gray levels
+@pytest.mark.parametrize(("resize", "size", "resized"), [(32, 28, (32, 41)), (80, 75, (80, 102)), (56, 56, (56, 72))])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_is_pillows_resize_and_torchvisions_centre_crop(
+  golden, resize, size, resized, turned, interpolation
+):
+  image = golden("augment")["image"]
+  image = image.swapaxes(0, 1) if turned else image
+  height, width = resized[::-1] if turned else resized  # int(resize * long / short): cut down, not rounded
+  method = getattr(PIL.Image.Resampling, interpolation.upper())
+  want = np.asarray(PIL.Image.fromarray(image).resize((width, height), method))
+  top, left = round((height - size) / 2), round((width - size) / 2)
+  got = centre_crop(image, EvaluationView(resize, size, interpolation))
+  assert np.abs(got.astype(int) - want[top : top + size, left : left + size]).max() <= 1
 
 
 # Reduced decoding.
@@ -184,12 +213,10 @@ def test_crops_of_a_reduced_image_are_of_the_same_parts_of_it(n, size, monkeypat
   whole = np.stack([2 * y, x, 128 + 100 * np.sin(x / 9)], axis=-1).astype(np.uint8)
   padded = np.pad(whole, [(0, -s % n) for s in size] + [(0, 0)], mode="edge")
   reduced = padded.reshape(padded.shape[0] // n, n, padded.shape[1] // n, n, 3).mean((1, 3)).round().astype(np.uint8)
-  drawn, cut = [], stream.crop_box
-  monkeypatch.setattr(stream, "crop_box", lambda *args: drawn.append(cut(*args)) or drawn[-1])
+  drawn, cut = [], cropping.crop_box
+  monkeypatch.setattr(cropping, "crop_box", lambda *args: drawn.append(cut(*args)) or drawn[-1])
   for i in range(20):
-    for a, b in zip(
-      stream.cut_views(whole, VIEWS, (i,)), stream.cut_views(reduced, VIEWS, (i,), whole.shape[:2]), strict=True
-    ):
+    for a, b in zip(cut_views(whole, VIEWS, (i,)), cut_views(reduced, VIEWS, (i,), whole.shape[:2]), strict=True):
       assert np.max(np.abs(a.astype(int) - b)) <= 4 and np.mean(np.abs(a.astype(int) - b)) < 1
     assert drawn[-2 * len(VIEWS) : -len(VIEWS)] == drawn[-len(VIEWS) :]
 
@@ -209,7 +236,7 @@ def test_jpegs_are_reduced_only_if_asked_and_as_far_as_the_smallest_crop_allows(
   assert not seen
   reduced = read(images, 0, 2, threads=0, reduced=True)
   # A view of 12 pixels of 8 % of the area needs 1,800; a quarter of the sides leaves 2,400.
-  assert stream.least_pixels(VIEWS, True) == 12**2 / 0.08 and len(seen) == 8
+  assert least_pixels(VIEWS, True) == 12**2 / 0.08 and len(seen) == 8
   assert all(width == -(-whole // 4) for width, whole in seen)
   for a, b in zip(plain, reduced, strict=True):
     np.testing.assert_array_equal(a["index"], b["index"])
@@ -249,40 +276,58 @@ def test_an_unreadable_image_is_replaced_by_the_next_that_can_be_read():
     same = a["index"] == b["index"]
     assert_equal([x[same] for x in b["image"]], [x[same] for x in a["image"]])
   with pytest.raises(UserError, match="none of the 3 images can be read"):
-    stream.read_or_next(Noise(3, bad=range(3)), 1)
+    streamed(Noise(3, bad=range(3))).read_or_next(1)
 
 
 def test_a_run_does_not_begin_where_more_than_a_tenth_cannot_be_read():
-  stream.check_sample(Noise(1000, bad=range(0, 1000, 20)))
-  with pytest.raises(UserError, match=r"[0-9]+ of 256 images .*0.png: broken.*ssl_jax.data.check"):
-    stream.check_sample(Noise(1000, bad=range(0, 1000, 2)))
-  stream.check_sample(Noise(5, bad=(3,)))
+  streamed(Noise(1000, bad=range(0, 1000, 20))).check_readable()
+  with pytest.raises(UserError, match=r"[0-9]+ of 256 images .*0.png: broken.*ssl_jax check"):
+    streamed(Noise(1000, bad=range(0, 1000, 2))).check_readable()
+  streamed(Noise(5, bad=(3,))).check_readable()
   with pytest.raises(UserError, match="2 of 5 images"):
-    stream.check_sample(Noise(5, bad=(1, 3)))
+    streamed(Noise(5, bad=(1, 3))).check_readable()
 
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_evaluation_visits_every_image_once_and_marks_what_it_cannot_read(threads):
   images, view = Noise(10, bad=(2, 7)), EvaluationView(resize=9, size=8)
-  got = list(stream.evaluation_batches(images, view, 4, threads))
+  got = list(streamed(images, threads).in_order(view, 4))
   pixels, labels, keep = (np.concatenate(x) for x in zip(*got, strict=True))
   assert labels[keep].tolist() == [i % 3 for i in (0, 1, 3, 4, 5, 6, 8, 9)]
   assert pixels.shape == (12, 8, 8, 3)
   assert np.flatnonzero(keep).tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
   for i in np.flatnonzero(keep):
-    assert_equal(pixels[i], stream.centre_crop(images.read(i), view))
+    assert_equal(pixels[i], centre_crop(images.read(i), view))
 
 
-def test_the_processes_parts_of_an_evaluation_are_the_whole_in_order():
+@pytest.mark.parametrize("side", [8, 6])  # as they are, and cut from what is larger
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_processes_parts_of_an_evaluation_are_the_whole_in_order(side, in_memory):
   pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-  images = stream.InMemory(pixels, np.arange(10, dtype=np.int32))
-  whole = list(stream.evaluation_batches(images, EvaluationView(resize=8, size=8), 4, 0))
-  parts = [
-    list(stream.evaluation_batches(images, EvaluationView(resize=8, size=8), 4, 0, process_index=i, process_count=2))
-    for i in range(2)
-  ]
+  labels, view = np.arange(10, dtype=np.int32), EvaluationView(resize=side, size=side)
+  about = dict(num_classes=10, name="random", split="train", reading=Reading(0))
+  if in_memory:
+    dataset = InMemory(images=pixels, labels=labels, **about)
+  else:
+    dataset = Streamed(images=Given(pixels), labels=labels, **about)
+  whole = list(dataset.in_order(view, 4))
+  parts = [list(dataset.in_order(view, 4, process_index=i, process_count=2)) for i in range(2)]
   assert len(whole) == len(parts[0]) == len(parts[1]) == 3
   for batch, *halves in zip(whole, *parts, strict=True):
     for x, *y in zip(batch, *halves, strict=True):
       np.testing.assert_array_equal(np.concatenate(y), x)
-  assert np.concatenate([keep for _, _, keep in whole]).sum() == 10  # what fills the last one up does not count
+  images, known, keep = (np.concatenate(x) for x in zip(*whole, strict=True))
+  assert_equal(images[keep], np.stack([centre_crop(x, view) for x in pixels]))
+  assert known[keep].tolist() == list(range(10))  # what fills the last one up does not count
+
+
+def test_images_in_memory_and_on_disk_are_evaluated_alike(tmp_path):
+  for i in range(3):
+    photograph(tmp_path / f"{i}.png", i, (40, 30))
+  view = EvaluationView(resize=20, size=16)
+  in_memory, on_disk = (data.load_folder(tmp_path, "train", max_bytes=most) for most in (1 << 20, 0))
+  assert isinstance(in_memory, InMemory) and isinstance(on_disk, Streamed)
+  (a,), (b,) = (list(dataset.in_order(view, 3)) for dataset in (in_memory, on_disk))
+  assert_equal(a, b)
+  assert_equal(in_memory.pixels(view, 16 * 16 * 3), a[0])
+  assert in_memory.pixels(view, 16 * 16 * 3 - 1) is None and on_disk.pixels(view, 1 << 20) is None

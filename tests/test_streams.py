@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from ssl_jax import augment, data, streams
-from ssl_jax.data import stream
+from ssl_jax.data import crop
 from ssl_jax.methods import dino, mae, moco
 from ssl_jax.methods.base import constant_momentum
 from ssl_jax.models import heads, vit
@@ -122,9 +122,9 @@ def test_the_hosts_crops_are_not_drawn_by_the_generator_of_an_epochs_order():
   boxes = []
   view = augment.View(size=8, scale=(0.1, 0.9))
   for epoch in range(8):  # NumPy pads seeds with zeros: (seed, epoch) and (seed, step, 0, 0) were one.
-    box = stream.crop_box(np.random.default_rng((3, epoch)), (64, 64), view.scale, view.ratio)
-    want = stream.resized_crop(pixels, box, (8, 8), view.interpolation)
-    (got,) = stream.cut_views(pixels, (view,), (3, epoch, 0))
+    box = crop.crop_box(np.random.default_rng((3, epoch)), (64, 64), view.scale, view.ratio)
+    want = crop.resized_crop(pixels, box, (8, 8), view.interpolation)
+    (got,) = crop.cut_views(pixels, (view,), (3, epoch, 0))
     boxes.append(np.array_equal(got[0], want))
   assert not any(boxes)
   assert sorted(data.epoch_order(3, 0, 8)) == list(range(8))

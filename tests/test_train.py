@@ -13,9 +13,10 @@ import pytest
 
 import train
 from runs import ROOT, SMALL, assert_same_run, checksums, finish, rows, start, wait_for_save, wait_for_step
-from ssl_jax import build, checkpoint, metrics, training
+from ssl_jax import build, monitors, optim, training
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
+from ssl_jax.run import checkpoint, log
 
 SLOW = pytest.mark.slow
 
@@ -46,19 +47,19 @@ def test_a_run_tells_what_it_does_and_what_it_is_worth(unbroken):
 @pytest.mark.parametrize("peak", [8e10, None])
 def test_the_utilisation_is_told_where_the_peak_is_known(peak, monkeypatch):
   said, written = [], []
-  monkeypatch.setattr(train, "say", said.append)
+  monkeypatch.setattr(log, "say", said.append)
   config = types.SimpleNamespace(log_every_steps=1, batch_size=10)
   numbers = dict(last_step=9, steps=9, steps_per_epoch=3, learning_rate=lambda step: 0.1, chance=1.0)
-  plan = types.SimpleNamespace(flops=2e9, peak=peak, **numbers)
+  run = types.SimpleNamespace(config=config, flops=2e9, peak=peak, **numbers)
   clock = types.SimpleNamespace(images_per_second=lambda step: 164.0, share=0.0)
   row = {"loss": 1.0, "feature_std": 1.0, "effective_rank": 9.0}
-  train.write_rows(config, plan, types.SimpleNamespace(write=written.append), clock, [(3, row)], None)
+  log.write_steps(run, types.SimpleNamespace(write=written.append), clock, [(3, row)], None)
   assert ("MFU 41 %" in said[0], written[0].get("mfu")) == (bool(peak), peak and 0.41)
 
 
 def test_rows_hold_what_they_promise_each_step_once(unbroken):
   workdir, _ = unbroken
-  table = metrics.read_rows(workdir / "metrics.jsonl")
+  table = log.read_rows(workdir / "metrics.jsonl")
   training = [row for row in table if "loss" in row]
   assert [row["step"] for row in training] == list(range(2, 21, 2))
   assert [row["step"] for row in table if "knn_top1" in row] == [0, 8, 16, 20]
@@ -82,7 +83,7 @@ def test_the_last_few_checkpoints_and_the_best_are_kept(unbroken):
 
 def test_the_best_checkpoint_is_still_kept_where_a_run_has_gone_on(tmp_path):
   state = {"params": {"w": jax.numpy.arange(3.0)}}
-  rows = [{"step": step, "knn_top1": 50.0 - step} for step in range(1, 10)]
+  rows = [{"step": step, "knn_top1": 50.0 - step / 100} for step in range(1, 10)]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   for first in (1, 6):
     with checkpoint.manager(tmp_path / "checkpoints", 3) as saver:
@@ -186,9 +187,9 @@ def configs_of(workdir):
 
 
 def abstract_state(config):
-  optimizer = train.optim.from_config(config, lambda step: 0.0, 20, 8)
-  method, _ = build.method(config, 20, 8)
-  init = training.make_init(method, optimizer, configs.views(config), (28, 28, 1), config.seed)
+  optimizer = optim.make(config.optimizer, configs.parameter_rules(config), lambda step: 0.0, 20, 8)
+  method, _ = build.method_of(config, 20, 8)
+  init = training.make_init(method, optimizer, configs.views(config), 1, config.seed)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))._asdict()
 
@@ -254,7 +255,7 @@ def folder_config(root, **overrides):
 
 @SLOW
 def test_collapsed_features_are_told(cache, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(metrics, "COLLAPSED_STD", 10.0)  # any features are below this
+  monkeypatch.setattr(monitors, "COLLAPSED_STD", 10.0)  # any features are below this
   train.main(small_config(steps=9, stop_after_steps=2), tmp_path / "run")
   assert "warning: the features have collapsed" in capsys.readouterr().out
 

@@ -142,11 +142,15 @@ def test_six_steps_are_pytorchs(run, golden, mesh):
   g = golden("steps")
   with jax.enable_x64(True):
     config = recipe(run)
-    method = build.method(config, TOTAL, EPOCH)[0]
-    optimizer = optim.from_config(config, optim.schedule_from_config(config, TOTAL, EPOCH), TOTAL, EPOCH)
+    method = build.method_of(config, TOTAL, EPOCH)[0]
+    rules, learning_rate = (
+      configs.parameter_rules(config),
+      optim.make_schedule(config.lr, config.batch_size, TOTAL, EPOCH),
+    )
+    optimizer = optim.make(config.optimizer, rules, learning_rate, TOTAL, EPOCH)
     views, devices = configs.views(config), mesh(2)
-    shapes = jax.eval_shape(training.make_init(method, optimizer, views, (SIDE, SIDE, 3), config.seed))
-    optim.check_rules(config, shapes.params)
+    shapes = jax.eval_shape(training.make_init(method, optimizer, views, 3, config.seed))
+    optim.check_rules(rules, shapes.params)
     params, state = started(run, (shapes.params, shapes.state))
     before = by_name(params, state)
     now = training.TrainState(jnp.int32(0), params, state, optimizer.init(params))

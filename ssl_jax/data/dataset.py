@@ -4,54 +4,181 @@
 processes, and nothing of the input needs a checkpoint.
 """
 
+import abc
+import dataclasses
 import functools
+import os
 import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 
+from ssl_jax.augment import EvaluationView, View
 from ssl_jax.errors import UserError
 
 
-class Dataset(NamedTuple):
-  """One split.
+class Reading(NamedTuple):
+  """How images are decoded and cut on the host; it changes how fast they come.
 
   Attributes:
-    images: uint8 [n, H, W, C] in memory; or what is read one by one (`stream.Images`).
+    threads: that decode; 0: the caller's own. In each worker, where there are workers. None: one a core.
+    workers: processes that decode for training; 0: none.
+    reduced: decode large JPEGs smaller for training, which changes pixels a little (see `stream.Streamed`).
+  """
+
+  threads: int | None = None
+  workers: int = 0
+  reduced: bool = False
+
+  @property
+  def thread_count(self) -> int:
+    return (os.cpu_count() or 1) if self.threads is None else self.threads
+
+
+ALL_CORES = Reading()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset(abc.ABC):
+  """One split. Its images are in memory (`memory.InMemory`) or read one by one (`stream.Streamed`).
+
+  Attributes:
+    images: what holds the pixels.
     labels: int32 [n], -1 where there is none; None where only the images themselves know them.
     num_classes: number of classes, 0 if the set has no labels.
     name: the name that it was loaded by.
     split: the split, or slice of one, that it was loaded by.
     classes: names of the classes, where they are folders.
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
+    reading: how many threads and processes read it.
   """
 
   images: Any
-  labels: Any
+  labels: np.ndarray | None
   num_classes: int
   name: str
   split: str
   classes: tuple[str, ...] = ()
   fingerprint: str = ""
+  reading: Reading = ALL_CORES
+
+  def __len__(self) -> int:
+    return len(self.images)
 
   @property
   def is_labelled(self) -> bool:
     """Whether every image has a class; the first one, where only the images themselves know."""
-    return self.num_classes > 0 and (self.images.label(0) if self.labels is None else self.labels.min()) >= 0
+    return self.num_classes > 0 and (self.label(0) if self.labels is None else self.labels.min()) >= 0
+
+  def label(self, i: int) -> int:
+    """The class of image i, -1 where there is none."""
+    return int(self.images.label(i) if self.labels is None else self.labels[i])
+
+  def thinned(self, count: int) -> "Dataset":
+    """At most `count` images, evenly spaced, since a folder's are sorted by class: a bank of bounded size."""
+    return self if len(self) <= count else self.take(np.arange(count) * len(self) // count)
+
+  def numbered_as(self, other: "Dataset") -> "Dataset":
+    """The same images with their classes numbered as in `other`, where both know their classes' names.
+
+    Raises:
+      UserError: `other` lacks some of the classes.
+    """
+    if self.classes == other.classes or not self.classes or not other.classes or self.labels is None:
+      return self
+    unknown = [name for name in self.classes if name not in other.classes]
+    if unknown:
+      raise UserError(f"{self.name} {self.split!r} has classes that {other.split!r} has not: {', '.join(unknown)}.")
+    number = np.array([other.classes.index(name) for name in self.classes], np.int32)
+    labels = np.where(self.labels < 0, -1, number[self.labels])
+    return dataclasses.replace(self, labels=labels, classes=other.classes, num_classes=other.num_classes)
+
+  def summary(self) -> str:
+    """What tells it from another data set, in one line, without a look at its pixels."""
+    labels = "" if self.labels is None else f", labels {zlib.crc32(self.labels.tobytes()):08x}"
+    return f"{len(self)} images {self.kind}{labels} {self.fingerprint}"
 
   @property
-  def is_streamed(self) -> bool:
-    return not isinstance(self.images, np.ndarray)
+  @abc.abstractmethod
+  def channels(self) -> int:
+    """Of every image."""
 
+  @property
+  @abc.abstractmethod
+  def kind(self) -> str:
+    """What its images are, for people: "of [28, 28, 1]"."""
 
-def summary(dataset: Dataset | None) -> str:
-  """What tells a data set from another, in one line, without a look at its pixels."""
-  if dataset is None:
-    return "none"
-  labels = "" if dataset.labels is None else f", labels {zlib.crc32(dataset.labels.tobytes()):08x}"
-  kind = "streamed" if dataset.is_streamed else f"of {list(dataset.images.shape[1:])}"
-  return f"{len(dataset.images)} images {kind}{labels} {dataset.fingerprint}"
+  @abc.abstractmethod
+  def take(self, indices: np.ndarray) -> "Dataset":
+    """Some of the images."""
+
+  @abc.abstractmethod
+  def image_name(self, i: int) -> str:
+    """What image i is called, for people."""
+
+  @abc.abstractmethod
+  def original(self, i: int) -> np.ndarray:
+    """Image i before any view is drawn of it, uint8 [H, W, C]. Raises `image.ImageError` where it cannot be read."""
+
+  @abc.abstractmethod
+  def pixels(self, view: EvaluationView, most: int) -> np.ndarray | None:
+    """All images as `in_order` gives them, uint8 [n, h, w, C]; None where that is dear.
+
+    It is where they have to be read, and where one has more than `most` numbers.
+    """
+
+  @abc.abstractmethod
+  def check_readable(self) -> None:
+    """Tries some images. Raises UserError where more of them cannot be read than a run should replace."""
+
+  @abc.abstractmethod
+  def batch_shapes(self, views: Sequence[View], batch_size: int) -> dict[str, Any]:
+    """The shapes and types of {"image": ...} in a batch of `batch_size`."""
+
+  @abc.abstractmethod
+  def example(self, index: int, views: Sequence[View], entropy: tuple[int, int, int]) -> dict[str, Any]:
+    """What a batch has of the image at `index`: see `batches`. `entropy` is (seed, step, position in the batch)."""
+
+  @abc.abstractmethod
+  def batches(
+    self,
+    views: Sequence[View],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[dict[str, Any]]:
+    """Yields this process's part, b examples, of the batches of steps `start` to `stop` - 1.
+
+    Args:
+      views: that training draws.
+      batch_size: global.
+      seed: of the order (`batch_indices`) and of what is drawn on the host, which depend on (seed, step, position,
+        view) alone.
+      start, stop: steps.
+      process_index: which contiguous part of the global batch.
+      process_count: in how many parts it is cut.
+
+    Yields:
+      {"image": uint8 [b, H, W, C], or a tuple of crops [b, v, size, size, C], one a resolution: what
+      `augment.make_views` takes; "index" int64 [b], "wanted" int64 [b]}. An image that cannot be read is replaced by
+      the next that can: "index" is what came and "wanted" what the order says.
+    """
+
+  @abc.abstractmethod
+  def in_order(
+    self, view: EvaluationView, batch_size: int, *, process_index: int = 0, process_count: int = 1
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields this process's part of batches over all images, in order, resized and cropped as `view` says.
+
+    `batch_size` is global; of a part: (uint8 [b, size, size, C], labels [b], bool [b]: which could be read). The last
+    batch is filled up with what counts as unreadable.
+    """
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

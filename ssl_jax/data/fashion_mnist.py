@@ -1,18 +1,13 @@
-"""Fashion-MNIST (Xiao et al., 2017, arXiv:1708.07747) as a TFDS builder without TensorFlow or a network.
+"""Fashion-MNIST (Xiao et al., 2017, arXiv:1708.07747) from its published files, without TensorFlow or a network."""
 
-TFDS's own builder of this name encodes and reads through TensorFlow. `ssl_jax.data.prepare` is the command.
-"""
-
+import functools
 import gzip
-import io
 import pathlib
 import zlib
-from typing import Any
 
 import numpy as np
-import PIL.Image
-import tensorflow_datasets as tfds
 
+from ssl_jax.data.sources import Item, Source, to_png
 from ssl_jax.errors import UserError
 
 PUBLISHED_AT = "https://github.com/zalandoresearch/fashion-mnist"
@@ -36,73 +31,42 @@ _CITATION = """@article{xiao2017fashion,
 }"""
 
 
-# Not registered: `import tensorflow_datasets` already knows another class by the name fashion_mnist.
-class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-  """Writes Fashion-MNIST, or its first images, from the four published IDX files.
-
-  Features: `image` uint8 [28, 28, 1] (stored as PNG) and `label` (ten named classes). The order on disk is
-  the order of the files.
+def fashion_mnist_source(
+  folder: pathlib.Path, train_images: int | None = None, test_images: int | None = None
+) -> Source:
+  """The images of the four published IDX files, or the first of them, in the order of the files.
 
   Args:
-    source: folder with `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, plain or `.gz`.
-    name: name of the data set, and of its folder in `data_dir`.
+    folder: with `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, plain or `.gz`.
     train_images: how many of the 60,000 training images to take, from the first on; None takes all.
     test_images: the same for the 10,000 test images.
-    **kwargs: arguments of `tfds.core.GeneratorBasedBuilder`: `data_dir`, and `file_format="array_record"`.
 
   Raises:
-    UserError: on preparing, when a file is missing, is not what it should be, or holds too few images.
+    UserError: a file is missing, is not what it should be, or holds too few images.
   """
+  limits = {"train": ("train", train_images), "test": ("t10k", test_images)}
+  loaded = {split: read_split(folder, prefix, limit) for split, (prefix, limit) in limits.items()}
+  crc = 0
+  for images, labels in loaded.values():
+    crc = zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes(), crc))
 
-  VERSION = tfds.core.Version("1.0.0")
+  def read(split, start):
+    images, labels = loaded[split]
+    for i in range(start, len(images)):
+      yield Item(f"{split} image {i}", to_png(images[i]), int(labels[i]))
 
-  def __init__(
-    self,
-    *,
-    source: str | pathlib.Path,
-    name: str = "fashion_mnist",
-    train_images: int | None = None,
-    test_images: int | None = None,
-    **kwargs: Any,
-  ):
-    self.name = name  # Set before TFDS derives the folder from it.
-    self._source = pathlib.Path(source)
-    self._limits = {"train": train_images, "t10k": test_images}
-    super().__init__(**kwargs)
-
-  def _info(self):
-    taken = ", ".join(
-      f"the first {limit:,} {split} images"
-      for split, limit in (("training", self._limits["train"]), ("test", self._limits["t10k"]))
-      if limit is not None
-    )
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Fashion-MNIST: 28x28 grey images of Zalando's articles, ten classes."
-      + (f" A subset: {taken}." if taken else ""),
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
-          "label": tfds.features.ClassLabel(names=list(CLASSES)),
-        }
-      ),
-      supervised_keys=("image", "label"),
-      disable_shuffling=True,
-      homepage=PUBLISHED_AT,
-      citation=_CITATION,
-      license="MIT License, Copyright (c) 2017 Zalando SE, https://tech.zalando.com",
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # Nothing is downloaded.
-    return {"train": self._generate_examples("train"), "test": self._generate_examples("t10k")}
-
-  def _generate_examples(self, prefix):
-    images, labels = read_split(self._source, prefix, self._limits[prefix])
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-      png = io.BytesIO()  # Bytes, because TFDS would encode an array with TensorFlow.
-      PIL.Image.fromarray(image).save(png, format="png", optimize=True)
-      yield i, {"image": png.getvalue(), "label": int(label)}
+  taken = ", ".join(f"the first {limit:,} {split} images" for split, (_, limit) in limits.items() if limit is not None)
+  return Source(
+    {split: functools.partial(read, split) for split in loaded},
+    list(CLASSES),
+    f"{sum(len(labels) for _, labels in loaded.values())} images, {crc:08x}",
+    "Fashion-MNIST: 28x28 grey images of Zalando's articles, ten classes." + (f" A subset: {taken}." if taken else ""),
+    size=(28, 28),
+    channels=1,
+    homepage=PUBLISHED_AT,
+    citation=_CITATION,
+    license="MIT License, Copyright (c) 2017 Zalando SE, https://tech.zalando.com",
+  )
 
 
 def read_split(folder: pathlib.Path, prefix: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:

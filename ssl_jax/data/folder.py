@@ -4,11 +4,14 @@ import dataclasses
 import os
 import pathlib
 import zlib
+from typing import Any
 
 import numpy as np
 
-from ssl_jax.data.dataset import Dataset
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading
 from ssl_jax.data.image import ImageError, read_image, read_reduced
+from ssl_jax.data.memory import InMemory
+from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -21,13 +24,11 @@ class Files:
   Attributes:
     root: the folder.
     names: paths in it.
-    labels: int32, -1 where there is none.
     channels: of the arrays, see `read_image`.
   """
 
   root: str
   names: list[str]
-  labels: np.ndarray
   channels: int
 
   def __len__(self) -> int:
@@ -40,16 +41,18 @@ class Files:
     return read_reduced(os.path.join(self.root, self.names[i]), self.channels, least)
 
   def label(self, i: int) -> int:
-    return int(self.labels[i])
+    return -1  # The data set knows them, by the folders.
 
   def name(self, i: int) -> str:
     return os.fsencode(self.names[i]).decode("utf-8", "backslashreplace")  # whatever bytes the name has
 
   def take(self, indices: np.ndarray) -> "Files":
-    return Files(self.root, [self.names[i] for i in indices], self.labels[indices], self.channels)
+    return Files(self.root, [self.names[i] for i in indices], self.channels)
 
 
-def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max_bytes: int = 4 << 30) -> Dataset:
+def load_folder(
+  folder: str | os.PathLike, split: str, *, channels: int = 3, max_bytes: int = 4 << 30, reading: Reading = ALL_CORES
+) -> Dataset:
   """Finds the images of `folder/split/class/**` or, where there is no such split folder, `folder/class/**`.
 
   Hidden files and folders and other files than images are left out; links are followed. The order is that of the
@@ -61,10 +64,10 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
     split: "train", "test", or any folder in it.
     channels: 3, 1 or n, see `read_image`.
     max_bytes: the largest array to allocate.
+    reading: how they are decoded where they are read one by one.
 
   Returns:
-    Dataset. `images` is uint8 [n, H, W, channels] where all can be read, are of one size and fit in `max_bytes`, and
-    `Files` otherwise.
+    Dataset: `InMemory` where all can be read, are of one size and fit in `max_bytes`, and `Streamed` otherwise.
 
   Raises:
     UserError: no folder or no images.
@@ -87,13 +90,15 @@ def load_folder(folder: str | os.PathLike, split: str, *, channels: int = 3, max
     classes = []  # Some images have no class folder: none has a label.
   number = {name: i for i, name in enumerate(classes)}
   labels = np.array([number.get(part[0], -1) for part in parts], np.int32)
-  files = Files(str(root), names, labels, channels)
+  files = Files(str(root), names, channels)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
-  if array is None:
-    fingerprint += ", one by one"  # whose crops are others
-  images = files if array is None else array
-  return Dataset(images, labels, len(classes), str(folder), split, tuple(classes), fingerprint)
+  about: dict[str, Any] = dict(
+    labels=labels, num_classes=len(classes), name=str(folder), split=split, classes=tuple(classes)
+  )
+  if array is None:  # whose crops are others
+    return Streamed(images=files, fingerprint=f"{fingerprint}, one by one", reading=reading, **about)
+  return InMemory(images=array, fingerprint=fingerprint, reading=reading, **about)
 
 
 def find_images(root: pathlib.Path) -> list[str]:

@@ -14,8 +14,10 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from ssl_jax.data.dataset import Dataset, check_channels, to_pixels
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, to_pixels
 from ssl_jax.data.image import ImageError, read_image, read_reduced
+from ssl_jax.data.memory import InMemory
+from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -34,6 +36,7 @@ def load(
   data_dir: str | os.PathLike | None = None,
   channels: int = 3,
   max_bytes: int = 4 << 30,
+  reading: Reading = ALL_CORES,
 ) -> Dataset:
   """Opens a split of any image data set that TFDS has prepared in ArrayRecord form.
 
@@ -48,10 +51,11 @@ def load(
       `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
     channels: 3 (grey images are repeated) or 1 (colours become ITU-R 601 luma, rounded as Pillow's mode L).
     max_bytes: the largest array to allocate.
+    reading: how they are decoded where they are read one by one.
 
   Returns:
-    Dataset, in the order on disk. `images` is uint8 [n, H, W, channels] where the images are of one size and fit in
-    `max_bytes`, and `Records` otherwise.
+    Dataset, in the order on disk: `InMemory` where the images are of one size and fit in `max_bytes`, and `Streamed`
+    otherwise.
 
   Raises:
     UserError: the set, the version or the split is not there, is not in ArrayRecord form, was not prepared to
@@ -70,7 +74,9 @@ def load(
   if needed > max_bytes and encoded:
     records = Records(str(builder.data_dir), split, channels, labelled, n)
     num_classes = (getattr(label, "num_classes", None) or 1) if labelled else 0
-    return Dataset(records, None if labelled else np.full(n, -1, np.int32), num_classes, name, split)
+    known = None if labelled else np.full(n, -1, np.int32)
+    about: dict[str, Any] = dict(num_classes=num_classes, name=name, split=split, reading=reading)
+    return Streamed(images=records, labels=known, **about)
   if needed > max_bytes:
     most = max_bytes // (height * width * channels)
     raise UserError(
@@ -90,7 +96,7 @@ def load(
     if labelled:
       labels[i] = example["label"]
   num_classes = (getattr(label, "num_classes", None) or int(labels.max()) + 1) if labelled else 0
-  return Dataset(images, labels, num_classes, name, split)
+  return InMemory(images=images, labels=labels, num_classes=num_classes, name=name, split=split, reading=reading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,10 +248,10 @@ def _find(name, data_dir):
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
   """The line that prepares `name`, for an error text: ours where there is one, else TFDS's with TensorFlow."""
   if name in ("fashion_mnist", "fashion_mnist_mini"):
-    return f"prepare it: python -m ssl_jax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
+    return f"prepare it: python -m ssl_jax prepare {name} --data_dir={shlex.quote(str(data_dir))}"
   if name in _ARCHIVES:
     given = f"{name} {_ARCHIVES[name]} --data_dir={shlex.quote(str(data_dir))}"
-    return f"prepare it from what its authors publish: python -m ssl_jax.data.prepare {given}"
+    return f"prepare it from what its authors publish: python -m ssl_jax prepare {given}"
   return (
     "prepare it, in an environment of its own: "
     "pip install tensorflow-cpu tensorflow-datasets importlib_resources pillow && "

@@ -1,4 +1,4 @@
-"""What `ssl_jax.data.prepare` reads: a folder of images, and CIFAR's and ImageNet's published archives.
+"""What `python -m ssl_jax prepare` reads: a folder of images, and CIFAR's and ImageNet's published archives.
 
 Nothing is unpacked to disk, and no more than one image (CIFAR: one of its files) is in memory.
 """
@@ -54,7 +54,8 @@ class Source:
     fingerprint: of the input: preparation goes on where it stopped only from the same one.
     description: a sentence for dataset_info.json.
     size: (height, width) of all images; None where they differ.
-    homepage: where it comes from.
+    channels: of all images.
+    homepage, citation, license: where it comes from, and on which terms.
   """
 
   splits: Mapping[str, Callable[[int], Iterator[Item]]]
@@ -62,11 +63,14 @@ class Source:
   fingerprint: str
   description: str
   size: tuple[int, int] | None = None
+  channels: int = 3
   homepage: str = ""
+  citation: str = ""
+  license: str = ""
 
   def features(self, encoding: str | None) -> Any:
     """TFDS's features, for images that are all `encoding`; None: some are JPEG and some PNG."""
-    image = tfds.features.Image(shape=(*(self.size or (None, None)), 3), encoding_format=encoding)
+    image = tfds.features.Image(shape=(*(self.size or (None, None)), self.channels), encoding_format=encoding)
     label = {"label": tfds.features.ClassLabel(names=self.classes)} if self.classes else {}
     return tfds.features.FeaturesDict({"image": image, **label})
 
@@ -185,7 +189,7 @@ def cifar_source(name: str, source: pathlib.Path) -> Source:
   classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
   splits = {split: functools.partial(read, split) for split in files}
   description = f"{'CIFAR-10' if name == 'cifar10' else 'CIFAR-100'} (Krizhevsky, 2009): 32x32 colour images."
-  return Source(splits, classes, _file_print(path), description, (32, 32), CIFAR_AT)
+  return Source(splits, classes, _file_print(path), description, (32, 32), homepage=CIFAR_AT)
 
 
 class _Unpickler(pickle.Unpickler):

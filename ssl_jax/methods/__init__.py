@@ -9,7 +9,7 @@ from ssl_jax.errors import UserError
 
 
 def find(name: str) -> ModuleType:
-  """The module of the method `name`, with `from_config(config, steps, steps_per_epoch)` and `make_encoder(config)`.
+  """The module of the method `name`, with `from_config(settings, context)` and `make_encoder(settings, context)`.
 
   Raises:
     UserError: there is no such method.

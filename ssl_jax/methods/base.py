@@ -17,7 +17,7 @@ AXIS = "batch"  # the mapped axis of the training step, over which the global ba
 
 
 class Monitored(NamedTuple):
-  """What the collapse monitors look at (`metrics.monitors`). It is not trained on.
+  """What the collapse monitors look at (`monitors.measure`). It is not trained on.
 
   Attributes:
     embedding: float [b, v, d], of one or two views of each example and of any norm; concatenated. Of a large batch
@@ -115,6 +115,7 @@ class Context(NamedTuple):
       for a family that the method does not take (`models.make`).
     is_vit: which family that is.
     views: the recipe's views.
+    batch_size: global.
     channels: of the images.
     steps, steps_per_epoch: of the schedules.
     dtype: of the computation.
@@ -125,6 +126,7 @@ class Context(NamedTuple):
   encoder: Callable[..., nn.Module]
   is_vit: bool
   views: Sequence[View]
+  batch_size: int
   channels: int
   steps: int
   steps_per_epoch: int
@@ -138,6 +140,19 @@ def check_two_views(name: str, views: Sequence[View]) -> None:
   sizes = [view.size for view in views]
   if len(sizes) != 2 or sizes[0] != sizes[1]:
     raise UserError(f"{name} takes two views of one size, got sizes {sizes}.")
+
+
+def check_contrastive(name: str, batch_size: int) -> None:
+  """Raises UserError for a batch of one image, whose loss would have no negatives."""
+  if batch_size < 2:
+    raise UserError(f"{name} needs a batch of at least two images for its negatives, got batch_size={batch_size}.")
+
+
+def check_positive(settings: Any, *keys: str) -> None:
+  """Raises UserError, with the key's name, unless these values of a recipe's `method` section are positive."""
+  for key in keys:
+    if not 0 < settings[key] < float("inf"):
+      raise UserError(f"method.{key} must be positive and finite, got {settings[key]}.")
 
 
 class Momentum(NamedTuple):
@@ -184,7 +199,7 @@ def cosine_momentum(first: float, steps: int) -> Momentum:
 
 def _check_momentum(m):
   if not 0 <= m <= 1:  # NaN is not
-    raise ValueError(f"a momentum must be in [0, 1], got {m}.")
+    raise UserError(f"a momentum must be in [0, 1], got {m}.")
 
 
 def of_encoder(params: Any, batch_stats: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import struct
 
 from ssl_jax import streams
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, check_arguments
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods.base import Aux, Context, Method, Monitored
 from ssl_jax.models.mae import MAEDecoder
@@ -74,7 +74,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     images = views[0][0]
     grid = images.shape[1] // patch, images.shape[2] // patch
     if grid[0] * grid[1] < 2:
-      raise ValueError(f"MAE needs more than one patch: images of {images.shape[1]} pixels, patches of {patch}.")
+      raise UserError(f"MAE needs more than one patch: images of {images.shape[1]} pixels, patches of {patch}.")
     encoder_params = encoder.init(encoder_key, images, train=False)["params"]
     tokens = jnp.zeros((1, 1 + grid[0] * grid[1], encoder.dim))
     restore = jnp.arange(grid[0] * grid[1])[None]
@@ -122,6 +122,7 @@ def from_config(settings: Any, context: Context) -> Method:
   """Builds MAE as a recipe's `method` section describes it."""
   if len(context.views) != 1:
     raise UserError(f"mae takes one view, got {len(context.views)}.")
+  check_arguments("method.decoder", settings.decoder, MAEDecoder)
   encoder = make_encoder(settings, context)
   decoder = MAEDecoder(encoder.patch_size**2 * context.channels, **settings.decoder, dtype=context.dtype)
   return mae(encoder, decoder, mask_ratio=settings.mask_ratio, normalize_target=settings.normalize_target)

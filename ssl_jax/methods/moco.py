@@ -27,6 +27,7 @@ from ssl_jax.methods.base import (
   Method,
   Momentum,
   Monitored,
+  check_positive,
   check_two_views,
   constant_momentum,
   of_encoder,
@@ -142,6 +143,7 @@ def gather(x, axis_name):
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MoCo as a recipe's `method` section describes it; its `version` is 1, 2 or 3."""
   check_two_views("moco", context.views)
+  check_positive(settings, "temperature")
   if settings.version == 3:
     return moco_v3.from_config(settings, context)
   if settings.version not in (1, 2):

@@ -16,7 +16,17 @@ import optax
 from flax import struct
 
 from ssl_jax.losses import info_nce
-from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, cosine_momentum, in_chunks, of_encoder
+from ssl_jax.methods.base import (
+  Aux,
+  Context,
+  Method,
+  Momentum,
+  Monitored,
+  check_contrastive,
+  cosine_momentum,
+  in_chunks,
+  of_encoder,
+)
 from ssl_jax.models.heads import PredictorNetwork, Projector, torch_uniform, view_by_view, without_predictor
 from ssl_jax.models.vit import patch_xavier, qkv_xavier
 
@@ -87,6 +97,7 @@ def moco_v3(
 
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MoCo v3 as a recipe's `method` section describes it."""
+  check_contrastive("moco v3", context.batch_size)
   # The released ViTs end every MLP in a plain batch norm, the ResNet's predictor in none.
   mlp = dict(hidden=settings.hidden, features=settings.features, kernel_init=torch_uniform)
   mlp |= dict(axis_name=context.axis_name, dtype=context.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, check_arguments
 from ssl_jax.models import heads as heads
 from ssl_jax.models import resnet as resnet
 from ssl_jax.models import vit as vit
@@ -62,7 +62,5 @@ def make(
     family, settings["image_size"] = vit, image_size
   if family is None:
     raise UserError(f"method {method} does not take the encoder {name!r}.")
-  try:
-    return ENCODERS[name](**{**settings, **family, **arguments})
-  except TypeError as error:
-    raise UserError(f"encoder {name}: {error}.") from error
+  check_arguments("encoder", arguments, ENCODERS[name])
+  return ENCODERS[name](**{**settings, **family, **arguments})

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssl_jax.errors import UserError
+
 
 class BatchNorm(nn.Module):
   """Normalises each channel by the mean and variance of the whole (global) batch, or of groups of a fixed size.
@@ -42,7 +44,7 @@ class BatchNorm(nn.Module):
     if train and self.group_size is not None and not self.is_initializing():
       groups = x.shape[0] // self.group_size
       if groups * self.group_size != x.shape[0]:
-        raise ValueError(f"bn_group_size={self.group_size} does not divide the {x.shape[0]} examples of a device.")
+        raise UserError(f"bn_group_size={self.group_size} does not divide the {x.shape[0]} examples of a device.")
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     # One group has no axis of its own: XLA's CPU kernels sum products behind an axis of 1 40 times as slowly.
     wide = wide.reshape(*([groups] if groups > 1 else []), -1, *shape)

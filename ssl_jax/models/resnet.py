@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.errors import UserError
 from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.models.norm import BatchNorm
 
@@ -98,7 +99,7 @@ class ResNet(nn.Module):
       ("features", self.features, ("pooled", "flat")),
     ):
       if value not in choices:
-        raise ValueError(f"encoder.{field} must be one of {', '.join(choices)}, got {value!r}.")
+        raise UserError(f"encoder.{field} must be one of {', '.join(choices)}, got {value!r}.")
     conv = functools.partial(_conv, init=self.conv_init, dtype=self.dtype)
     norm = functools.partial(
       _norm, train=train, axis_name=self.axis_name, group_size=self.bn_group_size, dtype=self.dtype

@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
+from ssl_jax.errors import UserError
 from ssl_jax.models.conv import conv_general_dilated
 from ssl_jax.models.heads import torch_bias, torch_uniform
 from ssl_jax.models.linear import dot_general
@@ -84,9 +85,9 @@ class ViT(nn.Module):
 
   def setup(self):
     if self.positions not in ("learned", "row_first", "column_first"):
-      raise ValueError(f"encoder.positions must be learned, row_first or column_first, got {self.positions!r}.")
+      raise UserError(f"encoder.positions must be learned, row_first or column_first, got {self.positions!r}.")
     if self.features not in ("cls", "mean", "flat"):
-      raise ValueError(f"encoder.features must be cls, mean or flat, got {self.features!r}.")
+      raise UserError(f"encoder.features must be cls, mean or flat, got {self.features!r}.")
     patch = (self.patch_size, self.patch_size)
     self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.patch_bias, self.dtype)
     self.cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim))
@@ -138,7 +139,7 @@ class ViT(nn.Module):
     """Patches, positions, and the class token in front: [b, 1 + n, dim]."""
     height, width = (side // self.patch_size for side in images.shape[1:3])
     if (height * self.patch_size, width * self.patch_size) != images.shape[1:3] or height * width == 0:
-      raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} do not cut into patches of {self.patch_size}.")
+      raise UserError(f"images of {images.shape[1]}x{images.shape[2]} do not cut into patches of {self.patch_size}.")
     x = self.patch_embed(images)
     if self.frozen_patch_embed:
       x = jax.lax.stop_gradient(x)
@@ -206,6 +207,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, weights_only=False):
     dim = x.shape[-1]
+    if dim % self.heads:
+      raise UserError(f"heads={self.heads} does not divide the width {dim}.")
     qkv = Dense(3 * dim, kernel_init=self.qkv_init, dtype=self.dtype, name="qkv")(x)
     q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=self.heads) for x in jnp.split(qkv, 3, axis=-1))
     if weights_only:
@@ -269,7 +272,7 @@ def sincos_positions(height: int, width: int, dim: int, row_first: bool) -> np.n
   10000^(-4 k / dim). The official MAE writes the column's half first, the official MoCo v3 the row's.
   """
   if dim % 4:
-    raise ValueError(f"sin-cos positions need a width that 4 divides, got {dim}.")
+    raise UserError(f"sin-cos positions need a width that 4 divides, got {dim}.")
   omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
   rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
   halves = [rows, columns] if row_first else [columns, rows]

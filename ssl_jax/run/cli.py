@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from ssl_jax import cluster
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
+from ssl_jax.run import cluster
 
 _LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

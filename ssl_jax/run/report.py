@@ -1,55 +1,56 @@
-"""What a run tells people: what it is, how far it is, what it was worth, what went wrong. `plan` is train.py's Plan."""
+"""What a run tells people: what it is, how far it is, what it was worth, what went wrong."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import flops, metrics, optim, parallel
-from ssl_jax.cli import large_pages_hint
+from ssl_jax import flops, optim, parallel
+from ssl_jax.run.cli import large_pages_hint
+
+if TYPE_CHECKING:
+  from ssl_jax.build import Run
 
 
-def describe(config, plan: Any) -> list[str]:
+def describe(run: "Run") -> list[str]:
   """What the user sees first."""
-  params = plan.state.params
+  config, params = run.config, run.state.params
   encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
-  images, name = plan.train_set.images, f"{plan.train_set.name} {plan.train_set.split}"
-  channels = config.data.channels
-  of_channels = f"{channels} channel{'s' if channels > 1 else ''}"
-  kind = f"streamed, {of_channels}" if plan.train_set.is_streamed else f"of {list(images.shape[1:])}"
+  images, channels = run.train_set, config.data.channels
   peak = optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
   lines = [
-    f"devices: {plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
-    f"data: {name}, {len(images):,} images {kind}",
+    f"devices: {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
+    f"data: {images.name} {images.split}, {len(images):,} images {images.kind}",
     f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
-    f"state: {parallel.bytes_a_device(plan.state) / 2**20:,.1f} MiB a device"
+    f"state: {parallel.bytes_a_device(run.state) / 2**20:,.1f} MiB a device"
     f"{', sharded' if config.parallel.shard_state else ''}",
-    f"batch {config.batch_size}, {plan.steps_per_epoch} steps an epoch, {plan.steps} steps, ending at {plan.last_step}",
-    f"{flops.in_words(plan.flops)} a step" + (f" of the devices' {flops.in_words(plan.peak)}/s" if plan.peak else ""),
+    f"batch {config.batch_size}, {run.steps_per_epoch} steps an epoch, {run.steps} steps, ending at {run.last_step}",
+    f"{flops.in_words(run.flops)} a step" + (f" of the devices' {flops.in_words(run.peak)}/s" if run.peak else ""),
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak:g}, end {config.lr.end:g}",
   ]
-  if plan.chance is not None:
-    lines.append(f"loss at chance: {plan.chance:.4f}")
+  if run.chance is not None:
+    lines.append(f"loss at chance: {run.chance:.4f}")
   if channels not in (1, 3):
     lines.append(f"images of {channels} channels: colour jitter and grayscale are left out")
-  if not plan.test_set:
-    labelled = plan.train_set.is_labelled
+  if not run.test_set:
+    labelled = run.train_set.is_labelled
     missing = f"data.test_split={config.data.test_split!r} names no labelled images" if labelled else "no labels"
     lines.append(f"{missing}: the online k-NN is off")
-  elif plan.bank and config.knn.k > len(plan.bank.images):
-    lines.append(f"knn.k={config.knn.k} is more than the {len(plan.bank.images)} images of the bank: all of them vote")
+  elif run.bank and config.knn.k > len(run.bank):
+    lines.append(f"knn.k={config.knn.k} is more than the {len(run.bank)} images of the bank: all of them vote")
   return [*lines, hint] if (hint := large_pages_hint()) else lines
 
 
-def progress(config, plan: Any, row: dict) -> str:
+def progress(run: "Run", row: dict) -> str:
   """The line of a step that is logged."""
   rate, share = row["images_per_second"], row["input_share"]
   used = f", MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
   waits = f", {100 * share:.0f} % of the time for input" if share > 0.05 else ""
-  chance = "" if plan.chance is None else f" (chance {plan.chance:.2f})"
-  left = metrics.format_duration((plan.last_step - row["step"]) * config.batch_size / rate)
+  chance = "" if run.chance is None else f" (chance {run.chance:.2f})"
+  left = format_duration((run.last_step - row["step"]) * run.config.batch_size / rate)
   return (
-    f"step {row['step']}/{plan.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}{chance}  "
+    f"step {row['step']}/{run.steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}{chance}  "
     f"lr {row['learning_rate']:.2e}  {rate:,.0f} images/s{used}{waits}  {left} left"
   )
 
@@ -75,6 +76,21 @@ def summary(config, rows: list[dict]) -> list[str]:
 def nonfinite(step: int, values: dict, state: dict) -> str:
   """What went wrong, from a step's metrics and the state, which that step left as it was."""
   bad = ", ".join(name for name, value in values.items() if not np.isfinite(value))
-  leaf = metrics.nonfinite_leaf(state)
+  leaf = nonfinite_leaf(state)
   cause = f"the first array that is not finite is {leaf}" if leaf else "the state is finite, so the gradient is not"
   return f"step {step} is not finite ({bad}): {cause}. The last checkpoint is untouched. A lower lr.base often helps."
+
+
+def format_duration(seconds: float) -> str:
+  """'1:02:03' or '02:03'."""
+  minutes, seconds = divmod(max(0, round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+def nonfinite_leaf(tree: Any) -> str | None:
+  """The path of the first array of a tree that holds NaN or infinity."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not jnp.all(jnp.isfinite(leaf)):  # wherever its parts are
+      return jax.tree_util.keystr(path, simple=True, separator="/")
+  return None

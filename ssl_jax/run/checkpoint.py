@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
-from ssl_jax import cluster, metrics
 from ssl_jax.errors import UserError
+from ssl_jax.run import cluster, log
 
 
 class _Best(NamedTuple):
@@ -28,7 +28,7 @@ class _Best(NamedTuple):
 
   def should_preserve(self, checkpoints, *, context):
     del context
-    scores = {row["step"]: row["knn_top1"] for row in metrics.read_rows(self.rows) if "knn_top1" in row}
+    scores = {row["step"]: row["knn_top1"] for row in log.read_rows(self.rows) if "knn_top1" in row}
     best = max((c.step for c in checkpoints if c.step in scores), key=lambda s: (scores[s], s), default=None)
     return [c.step == best for c in checkpoints]
 

@@ -1,28 +1,25 @@
 """Prepares a data set on disk, without TensorFlow and without a network.
 
-  python -m ssl_jax.data.prepare folder DIR --data_dir=D [--name=NAME]
-  python -m ssl_jax.data.prepare cifar10 --data_dir=D --from=FOLDER_OR_TAR
-  python -m ssl_jax.data.prepare cifar100 --data_dir=D --from=FOLDER_OR_TAR
-  python -m ssl_jax.data.prepare imagenet2012 --data_dir=D --from=FOLDER [--val_labels=FILE]
-  python -m ssl_jax.data.prepare fashion_mnist --data_dir=D [--from=FOLDER]
+  python -m ssl_jax prepare folder DIR --data_dir=D [--name=NAME]
+  python -m ssl_jax prepare cifar10 --data_dir=D --from=FOLDER_OR_TAR
+  python -m ssl_jax prepare cifar100 --data_dir=D --from=FOLDER_OR_TAR
+  python -m ssl_jax prepare imagenet2012 --data_dir=D --from=FOLDER [--val_labels=FILE]
+  python -m ssl_jax prepare fashion_mnist --data_dir=D [--from=FOLDER]
 
-writes D/NAME/1.0.0 from what `ssl_jax.data.sources` describes. It is written in a folder beside it that gets its name
-at the end, so a run that was killed leaves nothing that looks finished. But for Fashion-MNIST, which takes seconds, the
-next run goes on where it stopped: manifest.json lists the finished shards and their checksums. A later run checks them,
-and writes those again that are damaged. skipped.txt lists the images that could not be read.
+writes D/NAME/1.0.0 from what `data/sources.py` describes. It is written in a folder beside it that gets its name at the
+end, so a run that was killed leaves nothing that looks finished. The next run goes on where it stopped: manifest.json
+lists the finished shards and their checksums. A later run checks them, and writes those again that are damaged.
+skipped.txt lists the images that could not be read.
 """
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
 import re
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,39 +29,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from ssl_jax.data import prepared, sources
-from ssl_jax.data.fashion_mnist import PUBLISHED_AT, FashionMnist
+from ssl_jax.data.fashion_mnist import PUBLISHED_AT, fashion_mnist_source
 from ssl_jax.errors import UserError
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 VERSION = tfds.core.Version("1.0.0")
 # fashion_mnist_mini is the set inside this package.
-SIZES = {
+SIZES: dict[str, dict[str, int | None]] = {
   "fashion_mnist": {"train_images": None, "test_images": None},
   "fashion_mnist_mini": {"train_images": 12_000, "test_images": 2_000},
 }
-
-
-def prepare(name: str, data_dir: pathlib.Path, source: pathlib.Path | None = None) -> pathlib.Path:
-  """Prepares `name` into `data_dir`, unless it is there, and prints what is there then.
-
-  Args:
-    name: a key of `SIZES`.
-    data_dir: TFDS's data folder, created if need be.
-    source: folder with the four published files; None takes Debian's.
-
-  Returns:
-    The folder written: `data_dir/name/1.0.0`.
-
-  Raises:
-    UserError: the source is missing or wrong, or the folder holds something else.
-  """
-  folder = data_dir / name / str(FashionMnist.VERSION)
-  if folder.exists() and _is_finished(folder, name):
-    print(f"already prepared, nothing changed: {_summary(folder)}")
-  else:
-    _write(name, data_dir, folder, _source_folder(source))
-    print(f"wrote {_summary(folder)}")
-  return _print_use(name, data_dir, folder)
 
 
 def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_bytes: int = 256 << 20) -> pathlib.Path:
@@ -117,7 +91,7 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command. Returns the exit status: 0, or 1 after printing one line about a mistake."""
-  parser = argparse.ArgumentParser(prog="python -m ssl_jax.data.prepare", description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(prog="python -m ssl_jax prepare", description=__doc__.split("\n")[0])
   names = ["folder", "cifar10", "cifar100", "imagenet2012", *SIZES]
   parser.add_argument("dataset", choices=names, metavar="dataset", help=", ".join(names[:-1]))
   parser.add_argument("folder", nargs="?", type=pathlib.Path, metavar="DIR", help="of images, after the word folder")
@@ -148,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   given = args.source and args.source.expanduser()
   try:
     if args.dataset in SIZES:
-      prepare(args.dataset, data_dir, given)
+      write(fashion_mnist_source(_source_folder(given), **SIZES[args.dataset]), args.dataset, data_dir)
     elif is_folder:
       folder = args.folder.expanduser()
       name = args.name or re.sub(r"\W", "_", folder.resolve().name.lower(), flags=re.ASCII)
@@ -276,6 +250,8 @@ def _write_metadata(source, name, work, entries):
     supervised_keys=("image", "label") if source.classes else None,
     disable_shuffling=True,
     homepage=source.homepage,
+    citation=source.citation,
+    license=source.license,
   )
   info.set_file_format("array_record")
   splits = []
@@ -350,47 +326,8 @@ def _source_folder(source):
   return source or DEBIAN
 
 
-def _is_finished(folder, name):
-  """Whether `folder` is complete. Removes what an interrupted copy left there; raises if it is not ours."""
-  try:
-    builder = prepared.open_prepared(folder)
-    for split in builder.info.splits if prepared.is_array_record(builder) else ():
-      prepared.check_files(builder, split)
-  except UserError as error:
-    ours = (f"{name}-", "dataset_info", "features", "label.labels", "LICENSE", "incomplete")
-    if not all(f.name.startswith(ours) for f in folder.iterdir()):
-      raise UserError(f"{folder} is not a prepared {name}: delete it, or choose another --data_dir.") from error
-    print(f"removing {folder}, which is not complete")
-    shutil.rmtree(folder)
-    return False
-  if not prepared.is_array_record(builder):
-    raise UserError(f"{folder} is prepared, but not as array_record: delete it, or choose another --data_dir.")
-  return True
-
-
-def _write(name, data_dir, folder, source):
-  # Leftovers of killed runs. Younger ones may belong to a run that goes on, on another host.
-  for leftover in (data_dir / name).glob(f"incomplete.*_{folder.name}"):
-    if time.time() - leftover.stat().st_mtime > 3600:
-      shutil.rmtree(leftover, ignore_errors=True)
-  data_dir.mkdir(parents=True, exist_ok=True)
-  builder = FashionMnist(source=source, name=name, data_dir=data_dir, file_format="array_record", **SIZES[name])
-  tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none.
-      builder.download_and_prepare()
-  except OSError:
-    # Two runs at once: the one that renames last finds the other's finished folder.
-    if not folder.exists() or not _is_finished(folder, name):
-      raise
-
-
 def _summary(folder):
   splits = prepared.open_prepared(folder).info.splits
   counts = ", ".join(f"{s} {splits[s].num_examples:,} images" for s in sorted(splits, reverse=True))
   size = sum(f.stat().st_size for f in folder.iterdir())
   return f"{folder}: {counts}, {size:,} bytes"
-
-
-if __name__ == "__main__":
-  sys.exit(main())

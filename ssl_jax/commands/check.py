@@ -1,6 +1,6 @@
 """Reads every image of a folder and says what training will find.
 
-  python -m ssl_jax.data.check DIR [--channels=3] [--threads=N] [--report=skipped.txt] [--strict]
+  python -m ssl_jax check DIR [--channels=3] [--threads=N] [--report=skipped.txt] [--strict]
 
 Prints how many images there are, of which sizes, which cannot be read and why, which files are left out by their names,
 and the mean and standard deviation of each channel, for a recipe's `mean` and `std`. With --strict the exit status is 1
@@ -33,7 +33,9 @@ def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarr
 
 
 def main(arguments: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog="python -m ssl_jax check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--channels", type=int, default=3)
   parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.error(f"there is no folder {args.folder}")
   found = find_files(args.folder)
   names = [name for name in found if is_image(name)]
-  files = Files(str(args.folder), names, np.full(len(names), -1), args.channels)
+  files = Files(str(args.folder), names, args.channels)
   if not len(files):
     parser.error(f"{args.folder} holds no images ({', '.join(EXTENSIONS)})")
 
@@ -90,7 +92,3 @@ def main(arguments: list[str] | None = None) -> int:
     args.report.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())))
     print(f"wrote {args.report}")
   return 1 if not sizes or (args.strict and bad) else 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -1,0 +1,29 @@
+"""python -m ssl_jax COMMAND: what there is to do beside training and evaluation.
+
+  check      reads every image of a folder and says what training will find
+  prepare    writes a data set on disk, ready to train on
+  show       draws the views that a recipe makes of its first images
+
+python -m ssl_jax COMMAND --help tells what a command takes.
+"""
+
+import importlib
+import sys
+
+COMMANDS = ("check", "prepare", "show")
+
+
+def main() -> int:
+  name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if name in ("-h", "--help", "help"):
+    print(__doc__.strip())
+    return 0
+  if name not in COMMANDS:
+    print(f"python -m ssl_jax: error: there is no command {name!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+    return 2
+  sys.argv = [f"python -m ssl_jax {name}", *sys.argv[2:]]
+  return importlib.import_module(f"ssl_jax.commands.{name}").main() or 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""What an encoder is worth: its features, and k-NN on them."""

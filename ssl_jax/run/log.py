@@ -1,0 +1,143 @@
+"""The rows of a run: on disk, in TensorBoard, and the clock of its throughput."""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
+
+from ssl_jax import monitors
+from ssl_jax.errors import UserError
+from ssl_jax.run import cluster, report
+from ssl_jax.run.cli import say
+from ssl_jax.training import TrainState
+
+if TYPE_CHECKING:
+  from ssl_jax.build import Run
+
+
+class Writer:
+  """Rows to metrics.jsonl and to TensorBoard; a row is on disk when `write` returns.
+
+  On resume at `step`, rows of later steps, and a line cut short by a kill, are dropped: they will come again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    self.path = workdir / "metrics.jsonl"
+    kept = [row for row in read_rows(self.path) if row["step"] <= step]
+    scratch = self.path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(scratch, self.path)
+    self.file = self.path.open("a")
+    # Not tensorboardX.SummaryWriter: on a full disk its thread dies, and the next rows would wait for it for ever.
+    (workdir / "tensorboard").mkdir(exist_ok=True)
+    self.board = event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
+    self._log(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))  # hides later steps
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Appends one row; floats are written so that they read back exactly."""
+    self.file.write(json.dumps(row) + "\n")
+    self.file.flush()
+    for name, value in row.items():
+      if name != "step":
+        self._log(row["step"], summary=summary.scalar(name, value))
+    self.board.flush()
+
+  def show(self, name: str, image: np.ndarray, step: int) -> None:
+    """Logs an image, uint8 [H, W, 3], to TensorBoard."""
+    self._log(step, summary=summary.image(name, image, dataformats="HWC"))
+
+  def _log(self, step: int, **content: Any) -> None:
+    self.board.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
+
+  def close(self) -> None:
+    self.file.close()
+    self.board.close()
+
+
+class NoWriter:
+  """What stands in for a `Writer` on the processes that do not write."""
+
+  def write(self, row: dict[str, Any]) -> None: ...
+
+  def show(self, name: str, image: np.ndarray, step: int) -> None: ...
+
+  def close(self) -> None: ...
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """All whole rows of a metrics file; none if it does not exist."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break  # cut short by a kill
+  return rows
+
+
+class Clock:
+  """Images per second between two questions, leaving out what `restart` follows: compilation, evaluation, saving.
+
+  `share` is the share of that time that was spent `waiting` for input.
+  """
+
+  def __init__(self, step: int, batch_size: int):
+    self.batch_size, self.rate, self.share = batch_size, 0.0, 0.0
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    self.step, self.time, self.waited = step, time.perf_counter(), 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self.waited += time.perf_counter() - start
+
+  def images_per_second(self, step: int) -> float:
+    """The rate since the last question or restart; the last one known if no step was taken since."""
+    if step > self.step:
+      elapsed = time.perf_counter() - self.time
+      self.rate, self.share = (step - self.step) * self.batch_size / elapsed, self.waited / elapsed
+      self.restart(step)
+    return self.rate
+
+
+def make_writer(workdir: pathlib.Path, step: int) -> Writer | NoWriter:
+  """One of the processes writes."""
+  return Writer(workdir, step) if cluster.is_main() else NoWriter()
+
+
+def write_steps(
+  run: "Run", writer: Writer | NoWriter, clock: Clock, waiting: list[tuple[int, dict]], train: TrainState
+) -> None:
+  """Looks at the metrics of all `waiting` steps, (step, metrics), writes the rows that are due, and empties the list.
+
+  Raises:
+    UserError: a step was not finite.
+  """
+  config = run.config
+  for step, values in jax.device_get(waiting):
+    if not all(np.isfinite(value) for value in values.values()):
+      raise UserError(report.nonfinite(step, values, train._asdict()))
+    if step % config.log_every_steps and step != run.last_step:
+      continue
+    rate = clock.images_per_second(step)
+    row = {"step": step, "epoch": step / run.steps_per_epoch, "learning_rate": float(run.learning_rate(step - 1))}
+    row |= {name: float(value) for name, value in values.items()}
+    row |= {"images_per_second": rate, "input_share": clock.share}
+    if run.peak:
+      row["mfu"] = run.flops * rate / config.batch_size / run.peak  # model FLOP utilisation
+    writer.write(row)
+    say(report.progress(run, row))
+    if warning := monitors.collapse_warning(row):
+      say(f"warning: {warning}")
+  waiting.clear()

@@ -1,0 +1,88 @@
+"""What a run's folder holds beside its checkpoints and rows, and whether a run may go on in it."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from ssl_jax import config as configs
+from ssl_jax.data import Dataset
+from ssl_jax.errors import UserError
+from ssl_jax.run import checkpoint, cluster
+from ssl_jax.run.cli import say
+
+if TYPE_CHECKING:
+  from ssl_jax.build import Run
+
+WRITTEN = (
+  "checkpoints",
+  "metrics.jsonl",
+  "tensorboard",
+  "config.json",
+  "resolved.json",
+  "curves.png",
+  "pictures",
+  "skipped.txt",
+)
+_TOLD = 10  # files that cannot be read are told one by one, up to so many
+
+
+def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
+  """Raises UserError if the workdir has a run with another config, or other files: steps would see other images."""
+  if not checkpoint.steps(workdir / "checkpoints"):
+    return
+  if not (workdir / "config.json").is_file():
+    raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
+  configs.check_same(run.config, json.loads((workdir / "config.json").read_text()))
+  then = read_resolved(workdir)
+  differ = {key: (then[key], now) for key, now in run.resolved().items() if key in then and then[key] != now}
+  if differ:
+    texts = "; ".join(f"{key}: {before} then, now {now}" for key, (before, now) in differ.items())
+    raise UserError(
+      f"the images are not those that this run began with ({texts}). Put the data back as they were, or take another "
+      "--workdir."
+    )
+
+
+def write_start(run: "Run", workdir: pathlib.Path) -> None:
+  """Writes what the run is made from: config.json, and resolved.json, what the data decided."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_whole(workdir / "config.json", json.dumps(configs.to_json(run.config), indent=2) + "\n")
+  write_whole(workdir / "resolved.json", json.dumps(run.resolved(), indent=2) + "\n")
+
+
+def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:
+  """`Run.resolved` of the run in a workdir; of one that an older version wrote, what it has."""
+  if (workdir / "resolved.json").is_file():
+    return json.loads((workdir / "resolved.json").read_text())
+  return {"files": (workdir / "files.txt").read_text()} if (workdir / "files.txt").is_file() else {}
+
+
+def noting_skipped(
+  batches: Iterable[dict[str, Any]], dataset: Dataset, workdir: pathlib.Path
+) -> Iterator[dict[str, Any]]:
+  """Passes batches on, and lists in skipped.txt the files that could not be read.
+
+  Each process has a list of its own, process 1's in skipped_1.txt; process 0 also tells its first ones.
+  """
+  path = workdir / ("skipped.txt" if cluster.is_main() else f"skipped_{jax.process_index()}.txt")
+  known = set(path.read_text().splitlines()) if path.exists() else set()
+  for batch in batches:
+    for i in batch["wanted"][batch["wanted"] != batch["index"]]:
+      name = dataset.image_name(i)
+      if name not in known:
+        known.add(name)
+        if len(known) <= _TOLD:
+          say(f"skipped {name}, which cannot be read; all such are listed in {path}")
+        write_whole(path, "".join(f"{name}\n" for name in sorted(known)))
+    yield batch
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that a kill leaves the old one or the new one."""
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(text)
+  os.replace(scratch, path)

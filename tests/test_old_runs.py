@@ -1,0 +1,51 @@
+"""A run that an older version wrote goes on and is evaluated: tests/golden/old_run.tar.gz is one of ac000a1.
+
+MoCo v2 on 256 images, stopped after step 5 of 16. whole.jsonl has the rows of the same run without a stop.
+"""
+
+import json
+import pathlib
+import tarfile
+
+import ml_collections
+import numpy as np
+import pytest
+
+import train
+from ssl_jax import build, parallel
+from ssl_jax.evaluation import accuracy, features
+from ssl_jax.run import log
+
+
+@pytest.fixture
+def old_run(tmp_path, mesh, monkeypatch):
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
+  with tarfile.open(pathlib.Path(__file__).parent / "golden" / "old_run.tar.gz") as file:
+    file.extractall(tmp_path, filter="data")
+  config = ml_collections.ConfigDict(json.loads((tmp_path / "config.json").read_text()))
+  config.stop_after_steps = None
+  return tmp_path, config
+
+
+def test_it_goes_on_as_it_would_have_then(old_run):
+  workdir, config = old_run
+  assert train.main(config, workdir) == 0
+  got, want = (log.read_rows(workdir / name) for name in ("metrics.jsonl", "whole.jsonl"))
+  got = [row for row in got if row["step"] != 5 or "loss" in row]  # evaluated where it stopped
+  assert [row["step"] for row in got] == [row["step"] for row in want]
+  for a, b in zip(got, want, strict=True):
+    for name in ("loss", "grad_norm", "learning_rate"):  # another machine, whose sums have another order
+      np.testing.assert_allclose(a.get(name, 0), b.get(name, 0), rtol=1e-3, err_msg=f"{name} of step {a['step']}")
+  assert json.loads((workdir / "resolved.json").read_text())["steps"] == 16
+
+
+def test_its_encoder_is_evaluated(old_run):
+  workdir, config = old_run
+  restored = build.restore_encoder(workdir)
+  assert restored.step == 5
+  extractor = features.Extractor(restored.encoder, restored.eval_view, parallel.make_mesh(), 64)
+  sets = [build.dataset(config, split) for split in (config.data.split, config.data.test_split)]
+  found = [x for dataset in sets for x in extractor(restored.variables, dataset)]
+  scores = accuracy.knn_accuracy(*found, k=config.knn.k, temperature=config.knn.temperature)
+  then = log.read_rows(workdir / "metrics.jsonl")[-1]["knn_top1"]
+  assert abs(scores["top1"] - then) <= 1  # one of a hundred images
