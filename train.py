@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from ssl_jax import build, parallel
 from ssl_jax import config as configs
 from ssl_jax.build import Run
-from ssl_jax.evaluation import online
+from ssl_jax.evaluation import during_training
 from ssl_jax.run import checkpoint, cli, cluster, log, plots, report
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
@@ -105,10 +105,10 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
 
 def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> None:
   """Writes the row of an evaluation, where there are labels, and pictures/<step>.png, where the method has some."""
-  if row := online.evaluate(run, train, step):
+  if row := during_training.evaluate(run, train, step):
     writer.write(row)
     say(f"step {step}/{run.steps}  k-NN top-1 {row['knn_top1']:.2f} %")
-  drawn = online.pictures(run, train)
+  drawn = during_training.pictures(run, train)
   if drawn is not None and cluster.is_main():
     path = workdir / "pictures" / f"{step:08d}.png"
     writer.show("pictures", plots.draw_pictures(path, drawn, f"{run.config.method.name}, step {step}"), step)

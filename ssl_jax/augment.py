@@ -173,7 +173,10 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
 
 
 def evaluation_view(images: jax.Array, view: EvaluationView) -> jax.Array:
-  """What the encoder gets of images that are resized and cropped: uint8 [b, h, w, C] -> float32 [b, h, w, C]."""
+  """What the encoder gets of images that are resized and cropped: uint8 [b, h, w, C] -> float32 [b, h, w, C].
+
+  The data set resizes and crops them on the host (`data.crop.centre_crop`).
+  """
   planar = jnp.moveaxis(images.astype(jnp.float32) / 255, -1, 0)[:, None]
   return jnp.moveaxis(normalize(planar, view.mean, view.std)[:, 0], 0, -1)
 

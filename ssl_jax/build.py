@@ -76,9 +76,8 @@ class Run(NamedTuple):
 
   def batches(self, start: int) -> Iterator[dict[str, Any]]:
     """This process's part of the batches from step `start` to the run's last (`Dataset.batches`)."""
-    here = dict(process_index=jax.process_index(), process_count=jax.process_count())
     settings = dict(batch_size=self.config.batch_size, seed=self.config.seed, start=start, stop=self.last_step)
-    return self.train_set.batches(self.views, **settings, **here)
+    return self.train_set.batches(self.views, **settings, part=data.Part(jax.process_index(), jax.process_count()))
 
   def facts(self) -> dict[str, str]:
     """The data sets in a line each, which all processes of a run must have alike."""

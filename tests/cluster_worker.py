@@ -36,8 +36,7 @@ def main(folder, coordinator, processes, process, *names):
     train.main(config, folder / name.replace(":", "_"))
   views = configs.views(test_all_methods.small("dino_quickstart"))
   images = data.load("fashion_mnist_mini", "train[:29]", data_dir=None, channels=1).images
-  here = dict(process_index=jax.process_index(), process_count=jax.process_count())
-  mine = images[data.batch_indices(29, 8, 0, 4, **here)]
+  mine = images[data.batch_indices(29, 8, 0, 4, data.Part(jax.process_index(), jax.process_count()))]
 
   def draw(seed, images):
     b = len(images)

@@ -46,7 +46,7 @@ def test_a_batch_may_be_the_whole_set():
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_the_parts_of_the_processes_tile_the_global_batch(count):
   for step in (0, 3, 11):
-    parts = [data.batch_indices(50, 12, 1, step, process_index=i, process_count=count) for i in range(count)]
+    parts = [data.batch_indices(50, 12, 1, step, part=data.Part(i, count)) for i in range(count)]
     np.testing.assert_array_equal(np.concatenate(parts), data.batch_indices(50, 12, 1, step))
 
 
@@ -73,7 +73,7 @@ def test_consecutive_steps_shuffle_once_an_epoch(monkeypatch):
   [
     ({"n": 24, "batch_size": 64}, "got batch_size=64 and 24 images"),
     ({"batch_size": 0}, "got batch_size=0 and 100 images"),
-    ({"process_count": 3}, "a multiple of the 3 processes, got 10"),
+    ({"part": data.Part(0, 3)}, "a multiple of the 3 processes, got 10"),
     ({"seed": -1}, "seed must not be negative, got -1"),
   ],
 )
@@ -85,8 +85,8 @@ def test_what_makes_no_batches_is_refused(kwargs, message):
 
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_process_beyond_the_last_is_refused(index):
-  with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\)"):
-    data.batch_indices(100, 10, 0, 0, process_index=index, process_count=2)
+  with pytest.raises(ValueError, match=r"part.index must be in \[0, 2\)"):
+    data.batch_indices(100, 10, 0, 0, part=data.Part(index, 2))
 
 
 @pytest.mark.parametrize("count, want", [(4, [0, 2, 5, 7]), (10, range(10)), (11, range(10)), (1, [0])])

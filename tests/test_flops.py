@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from test_all_methods import few_images, small  # noqa: F401
 
 from ssl_jax import build, flops, parallel
-from ssl_jax.models.conv import conv_general_dilated
+from ssl_jax.models.cpu import conv_general_dilated
 from ssl_jax.models.resnet import ResNet
 from ssl_jax.models.vit import ViT
 

@@ -8,7 +8,7 @@ import pytest
 from named_weights import named_images, named_weight
 from trajectories import PRECISIONS, cast, error, make_step, named_variables, views
 
-from ssl_jax import convert, optim, streams
+from ssl_jax import convert, optim, random_streams
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods import byol, dino, mae, moco, moco_v3
 from ssl_jax.methods.base import Momentum, constant_momentum, cosine_momentum
@@ -202,7 +202,7 @@ def test_maes_loss_is_its_parts(tiny_mae):
   params, state = jax.jit(method.init)(KEYS[0], drawn)
   gradient_free = jax.jit(method.loss)
   value, aux = gradient_free(params, state, drawn, KEYS[:4], 0)
-  noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.MASK), (16,)))(KEYS[:4])
+  noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, random_streams.MASK), (16,)))(KEYS[:4])
   np.testing.assert_allclose(value, jax.jit(loss)(params, drawn[0][0], noise)[0], rtol=1e-6)
   assert aux.monitored.embedding.shape == (4, 1, 32)
   again, _ = gradient_free(params, state, drawn, KEYS[4:8], 0)

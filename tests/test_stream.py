@@ -104,7 +104,7 @@ def test_nothing_holds_the_shared_memory_of_workers_after_the_last_batch():
 
 def test_processes_share_a_batch_in_order():
   want = read(Noise(13))
-  parts = [read(Noise(13), process_index=i, process_count=2) for i in range(2)]
+  parts = [read(Noise(13), part=data.Part(i, 2)) for i in range(2)]
   for whole, *halves in zip(want, *parts, strict=True):
     assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), whole)
 
@@ -311,7 +311,7 @@ def test_the_processes_parts_of_an_evaluation_are_the_whole_in_order(side, in_me
   else:
     dataset = Streamed(images=Given(pixels), labels=labels, **about)
   whole = list(dataset.in_order(view, 4))
-  parts = [list(dataset.in_order(view, 4, process_index=i, process_count=2)) for i in range(2)]
+  parts = [list(dataset.in_order(view, 4, part=data.Part(i, 2))) for i in range(2)]
   assert len(whole) == len(parts[0]) == len(parts[1]) == 3
   for batch, *halves in zip(whole, *parts, strict=True):
     for x, *y in zip(batch, *halves, strict=True):

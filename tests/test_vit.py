@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from named_weights import named_images
+from programs import temporaries
 from trajectories import error, named_variables
 
 from ssl_jax import convert
@@ -198,3 +199,19 @@ def test_a_frozen_patch_embedding_takes_no_gradient():
     variables = jax.jit(lambda m=model: m.init(ONE, images, train=False))()
     grads = jax.jit(jax.grad(lambda v, m=model: jnp.sum(m.apply(v, images, train=True) ** 3)))(variables)["params"]
     assert bool(np.any(grads["patch_embed"]["proj"]["kernel"])) != frozen
+
+
+def test_what_is_computed_again_changes_the_memory_and_not_the_numbers():
+  images = jax.random.uniform(ONE, (8, 16, 16, 3))
+  found = []
+  for recompute in (True, False):
+    model = vit.ViT(patch_size=2, dim=32, depth=2, heads=2, image_size=16, recompute=recompute)
+    params = model.init(ONE, images, train=False)
+
+    def loss(params, model=model):
+      return jnp.sum(jnp.square(model.apply(params, images, train=True)))
+
+    found.append((jax.jit(jax.value_and_grad(loss))(params), temporaries(jax.grad(loss), params)))
+  (again, less), (kept, more) = found
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), again, kept)
+  assert less < 0.9 * more

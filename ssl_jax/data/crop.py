@@ -8,7 +8,7 @@ import numpy as np
 from ssl_jax.augment import EvaluationView, View, by_resolution
 from ssl_jax.data.image import MAX_PIXELS, ImageError
 from ssl_jax.data.resize import resized_crop
-from ssl_jax.streams import CROP
+from ssl_jax.random_streams import CROP
 
 
 def least_pixels(views: Sequence[View], reduced: bool) -> float:

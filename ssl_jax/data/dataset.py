@@ -19,6 +19,17 @@ from ssl_jax.augment import EvaluationView, View
 from ssl_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A process's part of every global batch: number `index` of `count` contiguous ones."""
+
+  index: int = 0
+  count: int = 1
+
+
+WHOLE = Part()
+
+
 class Reading(NamedTuple):
   """How images are decoded and cut on the host; it changes how fast they come.
 
@@ -124,9 +135,9 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def pixels(self, view: EvaluationView, most: int) -> np.ndarray | None:
-    """All images as `in_order` gives them, uint8 [n, h, w, C]; None where that is dear.
+    """All images as `in_order` gives them, uint8 [n, h, w, C]; None where that costs too much.
 
-    It is where they have to be read, and where one has more than `most` numbers.
+    It does where they have to be read from disk, and where one has more than `most` numbers.
     """
 
   @abc.abstractmethod
@@ -143,17 +154,9 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def batches(
-    self,
-    views: Sequence[View],
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
   ) -> Iterator[dict[str, Any]]:
-    """Yields this process's part, b examples, of the batches of steps `start` to `stop` - 1.
+    """Yields a process's part, b examples, of the batches of steps `start` to `stop` - 1.
 
     Args:
       views: that training draws.
@@ -161,8 +164,7 @@ class Dataset(abc.ABC):
       seed: of the order (`batch_indices`) and of what is drawn on the host, which depend on (seed, step, position,
         view) alone.
       start, stop: steps.
-      process_index: which contiguous part of the global batch.
-      process_count: in how many parts it is cut.
+      part: of which process.
 
     Yields:
       {"image": uint8 [b, H, W, C], or a tuple of crops [b, v, size, size, C], one a resolution: what
@@ -172,9 +174,9 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def in_order(
-    self, view: EvaluationView, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    self, view: EvaluationView, batch_size: int, part: Part = WHOLE
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields this process's part of batches over all images, in order, resized and cropped as `view` says.
+    """Yields a process's part of batches over all images, in order, resized and cropped as `view` says.
 
     `batch_size` is global; of a part: (uint8 [b, size, size, C], labels [b], bool [b]: which could be read). The last
     batch is filled up with what counts as unreadable.
@@ -186,9 +188,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def batch_indices(
-  n: int, batch_size: int, seed: int, step: int, *, process_index: int = 0, process_count: int = 1
-) -> np.ndarray:
+def batch_indices(n: int, batch_size: int, seed: int, step: int, part: Part = WHOLE) -> np.ndarray:
   """The examples of one step: a pure function of its arguments, cheap for consecutive steps.
 
   Every epoch is a new order of all n examples, cut into n // batch_size batches. The rest, fewer than a
@@ -196,14 +196,13 @@ def batch_indices(
 
   Args:
     n: number of examples in the data set.
-    batch_size: global batch size, a multiple of `process_count`.
+    batch_size: global batch size, a multiple of `part.count`.
     seed: not negative.
     step: global step, from 0 on.
-    process_index: which contiguous part of the global batch to return.
-    process_count: in how many parts it is cut.
+    part: which part of the global batch to return.
 
   Returns:
-    int64 [batch_size // process_count].
+    int64 [batch_size // part.count].
 
   Raises:
     UserError: the data set is smaller than a batch, or the batch does not split evenly.
@@ -213,16 +212,16 @@ def batch_indices(
       f"batch_size must be at least 1 and at most the number of images: got batch_size={batch_size} and "
       f"{n} images. Take a smaller batch, or more images."
     )
-  if batch_size % process_count:
-    raise UserError(f"batch_size must be a multiple of the {process_count} processes, got {batch_size}.")
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index must be in [0, {process_count}), got {process_index}.")
+  if batch_size % part.count:
+    raise UserError(f"batch_size must be a multiple of the {part.count} processes, got {batch_size}.")
+  if not 0 <= part.index < part.count:
+    raise ValueError(f"part.index must be in [0, {part.count}), got {part.index}.")
   if seed < 0:
     raise UserError(f"seed must not be negative, got {seed}.")
   epoch, batch_of_epoch = divmod(step, n // batch_size)
-  part = batch_size // process_count
-  start = batch_of_epoch * batch_size + process_index * part
-  return _cached_order(seed, epoch, n)[start : start + part].copy()
+  local = batch_size // part.count
+  start = batch_of_epoch * batch_size + part.index * local
+  return _cached_order(seed, epoch, n)[start : start + local].copy()
 
 
 @functools.lru_cache(maxsize=2)  # Two: a prefetching reader goes back and forth over an epoch's end.

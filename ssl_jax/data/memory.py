@@ -9,7 +9,7 @@ import numpy as np
 
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data.crop import centre_crop
-from ssl_jax.data.dataset import Dataset, batch_indices
+from ssl_jax.data.dataset import WHOLE, Dataset, Part, batch_indices
 from ssl_jax.data.pipeline import ordered_batches
 
 
@@ -54,38 +54,23 @@ class InMemory(Dataset):
     return {"image": self.images[index], "index": index, "wanted": index}
 
   def batches(
-    self,
-    views: Sequence[View],
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
   ) -> Iterator[dict[str, Any]]:
     del views
-    here = dict(process_index=process_index, process_count=process_count)
     for step in range(start, stop):
-      order = batch_indices(len(self), batch_size, seed, step, **here)
+      order = batch_indices(len(self), batch_size, seed, step, part)
       yield {"image": self.images[order], "index": order, "wanted": order}
 
   def in_order(
-    self, view: EvaluationView, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    self, view: EvaluationView, batch_size: int, part: Part = WHOLE
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    here = dict(process_index=process_index, process_count=process_count)
     if not self._is_whole(view):
-      yield from ordered_batches(
-        lambda i: (centre_crop(self.images[i], view), self.labels[i]),
-        len(self),
-        (view.size, view.size, self.channels),
-        batch_size,
-        self.reading.thread_count,
-        **here,
-      )
+      shape = view.size, view.size, self.channels
+      cut = lambda i: (centre_crop(self.images[i], view), self.labels[i])  # noqa: E731
+      yield from ordered_batches(cut, len(self), shape, batch_size, self.reading.thread_count, part)
       return
-    local = batch_size // process_count
-    for start in range(process_index * local, len(self) + process_index * local, batch_size):
+    local = batch_size // part.count
+    for start in range(part.index * local, len(self) + part.index * local, batch_size):
       at = np.arange(start, start + local)
       images, labels = (np.take(x, at, axis=0, mode="clip") for x in (self.images, self.labels))
       yield images, labels, at < len(self)

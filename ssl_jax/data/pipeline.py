@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from ssl_jax.data.dataset import Part
 from ssl_jax.data.image import ImageError
 
 
@@ -53,15 +54,13 @@ def ordered_batches(
   shape: tuple[int, ...],
   batch_size: int,
   threads: int,
-  *,
-  process_index: int,
-  process_count: int,
+  part: Part,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """Batches of example(i) -> (pixels of `shape`, label) for i below n: see `Dataset.in_order`."""
-  local = batch_size // process_count
+  local = batch_size // part.count
 
   def filled(j):
-    i = j // local * batch_size + process_index * local + j % local
+    i = j // local * batch_size + part.index * local + j % local
     try:
       if i < n:
         pixels, label = example(int(i))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ssl_jax.augment import EvaluationView, View, crop_shapes
 from ssl_jax.data.crop import centre_crop, cut_views, least_pixels
-from ssl_jax.data.dataset import Dataset, batch_indices
+from ssl_jax.data.dataset import WHOLE, Dataset, Part, batch_indices
 from ssl_jax.data.image import ImageError
 from ssl_jax.data.pipeline import batched, ordered_batches
 from ssl_jax.errors import UserError
@@ -111,36 +111,27 @@ class Streamed(Dataset):
     return {"image": cut_views(pixels, views, entropy, size), "index": np.int64(found), "wanted": np.int64(index)}
 
   def batches(
-    self,
-    views: Sequence[View],
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
   ) -> Iterator[dict[str, Any]]:
-    local, here = batch_size // process_count, dict(process_index=process_index, process_count=process_count)
+    local = batch_size // part.count
 
     def example(i):
       step, position = divmod(int(i), local)
-      order = batch_indices(len(self), batch_size, seed, step, **here)
-      return self.example(int(order[position]), views, (seed, step, process_index * local + position))
+      order = batch_indices(len(self), batch_size, seed, step, part)
+      return self.example(int(order[position]), views, (seed, step, part.index * local + position))
 
     threads, workers = self.reading.thread_count, self.reading.workers
     yield from batched(start * local, stop * local, example, local, threads, workers)
 
   def in_order(
-    self, view: EvaluationView, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    self, view: EvaluationView, batch_size: int, part: Part = WHOLE
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    here = dict(process_index=process_index, process_count=process_count)
 
     def example(i):
       return centre_crop(self.images.read(i), view), self.label(i)
 
     shape = view.size, view.size, self.channels
-    yield from ordered_batches(example, len(self), shape, batch_size, self.reading.thread_count, **here)
+    yield from ordered_batches(example, len(self), shape, batch_size, self.reading.thread_count, part)
 
   def read_or_next(self, index: int, least: float = math.inf) -> tuple[np.ndarray, tuple[int, ...], int]:
     """(pixels, real height and width, index) of the image at `index`, or of the next that can be read.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ssl_jax import augment, parallel
 from ssl_jax.augment import EvaluationView
-from ssl_jax.data import Dataset
+from ssl_jax.data import Dataset, Part
 from ssl_jax.methods.base import Method
 
 
@@ -36,9 +36,9 @@ class Extractor:
   def __call__(self, variables: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """(features float32 [n, d], labels [n]), without images that have no label or cannot be read; on every process."""
     variables = jax.device_put(variables, parallel.replicated(self.mesh))  # once, and not for every batch
-    here = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    here = Part(jax.process_index(), jax.process_count())
     features, labels = [], []
-    for images, known, keep in dataset.in_order(self.view, self.batch_size, **here):
+    for images, known, keep in dataset.in_order(self.view, self.batch_size, here):
       batch = images, np.where(keep, known, -1).astype(np.int32)  # -1: filled up, unreadable or without a label
       some, known = (np.asarray(x) for x in self.extract(variables, parallel.put_batch(self.mesh, batch)))
       features.append(some[known >= 0])

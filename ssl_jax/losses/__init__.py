@@ -1,4 +1,4 @@
-"""Pure loss functions: arrays in, a scalar out; they import jax and nothing else of ours."""
+"""Pure loss functions: arrays in, a scalar out; they import JAX and nothing else from this package."""
 
 from ssl_jax.losses.contrastive import info_nce as info_nce
 from ssl_jax.losses.contrastive import nt_xent as nt_xent

@@ -1,4 +1,4 @@
-"""What the losses share: checks of what a caller passes in, float32, unit vectors."""
+"""Helpers that the losses share: argument checks, the cast to float32, scaling to unit norm."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def check_temperature(name: str, temperature: Any) -> None:
 
 
 def wide(x: jax.Array) -> jax.Array:
-  """float32; float64 stays as it is."""
+  """Casts to float32; float64 stays as it is."""
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
@@ -34,5 +34,5 @@ def unit(x: jax.Array) -> jax.Array:
   """Scales the last axis to unit norm in float32; a zero vector stays zero, with a gradient of zero."""
   x = wide(x)
   square = jnp.sum(x * x, axis=-1, keepdims=True)
-  # Without the `where` the gradient at 0 would be 1e6 times what comes in, which float16 does not hold.
+  # Without the `where` the gradient at 0 would be 1e6 times the incoming one, which overflows float16.
   return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))

@@ -1,8 +1,8 @@
 """Contrastive losses: tell the positive apart from every other example of the (global) batch.
 
-Both are softplus(log-sum-exp of the negatives' similarities - the positive's), which keeps its digits where the
-positive wins. Small batches take the log-sum-exp from the whole matrix, and JAX differentiates it. Large ones go
-through the matrix by blocks of rows that are never kept, and their gradient is derived here.
+Both are softplus(log-sum-exp of the negatives' similarities - the positive's), which stays accurate where the positive
+dominates. For small batches the whole similarity matrix is computed and JAX differentiates it. For large ones it is
+computed in blocks of rows that are not stored, with the gradient written here (`jax.custom_vjp`).
 """
 
 import numbers
@@ -13,7 +13,7 @@ from jax import lax
 
 from ssl_jax.losses._common import check_float, check_temperature, unit
 
-_BLOCK = 2**20  # similarities that a block holds, 4 MiB of float32; as many and fewer need no blocks
+_BLOCK = 2**20  # similarities per block, 4 MiB of float32; a matrix of at most this size is not split
 
 
 def nt_xent(
@@ -44,7 +44,7 @@ def nt_xent(
     float32 scalar (float64 for float64 inputs), >= 0: the mean over the 2N views of the global batch, the same on
     every device. Uniform similarities give log(2N - 1). The official code reports and optimises twice this.
 
-  Second derivatives work, `jax.hessian` too. In blocks the value has no forward mode (`jax.jvp`): JAX says so.
+  Second derivatives work, `jax.hessian` too. In blocks the value has no forward mode: `jax.jvp` raises an error.
 
   Gradients: for `jax.pmap`, `jax.vmap` and `jax.shard_map(check_vma=False)`, `lax.pmean` of the per-device gradients is
   the gradient of the returned value. Under shard_map's default `check_vma=True` JAX has summed the gradient of
@@ -52,12 +52,12 @@ def nt_xent(
   per-device gradients with `lax.psum`.
 
   Raises:
-    TypeError: an input is not floating point, the temperature is not a number, or `block_size` not a whole one.
+    TypeError: an input is not floating point, the temperature is not a number, or `block_size` is not an integer.
     ValueError: shapes differ or are not [N, d], the global batch has fewer than two images, the temperature is not
       positive and finite, or `block_size` is below one.
 
   Reference: Chen et al., 2020, arXiv:2002.05709, eq. 1; `add_contrastive_loss` in objective.py of
-  google-research/simclr, whose negatives carry their gradient across devices as they do here.
+  google-research/simclr, which also propagates gradients to the negatives of other devices.
   """
   _check_pair("z1", z1, "z2", z2)
   check_temperature("temperature", temperature)
@@ -94,9 +94,9 @@ def info_nce(
 
   Args:
     query: float [N, d]. Any norm from 1e-6 up is scaled to one; a zero vector stays zero.
-    key: float [N, d], scaled likewise: row i is the positive of row i of `query`. Takes no gradient.
-    queue: float [K, d], the negatives, unit rows that are used as they are, the same on every device. Takes no
-      gradient. None: the negatives of a query are the other keys of the (global) batch.
+    key: float [N, d], scaled like `query`: row i is the positive of row i of `query`. Takes no gradient.
+    queue: float [K, d], the negatives, rows of unit norm that are not normalised again, the same on every device. Takes
+      no gradient. None: the negatives of a query are the other keys of the (global) batch.
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split.
     block_size: how many queries' similarities exist at once. None: all of small batches, 2^20 similarities of larger
@@ -130,7 +130,7 @@ def info_nce(
     if candidates.shape[0] < 2:
       raise ValueError("info_nce without a queue needs a batch of at least two images for its negatives, got 1.")
 
-  own = jnp.full(query.shape[0], -1)  # where each query's own key is among the candidates: nowhere
+  own = jnp.full(query.shape[0], -1)  # index of each query's own key among the candidates; -1: not among them
   if queue is None:
     own = _places(query.shape[0], axis_name)
   block_size = _rows_at_once(query.shape[0], candidates.shape[0], block_size)
@@ -153,7 +153,7 @@ def _by_rows(function, rows, block_size):
 
 
 def _places(n, axis_name):
-  """Where this device's images stand in the global batch, [n]."""
+  """The indices of this device's images in the global batch, [n]."""
   return jnp.arange(n) + (0 if axis_name is None else lax.axis_index(axis_name) * n)
 
 
@@ -178,8 +178,8 @@ def _other_views_forward(z1, z2, axis_name, block_size):
 
 def _other_views_backward(axis_name, block_size, saved, g):
   views, total = saved
-  # Similarities are symmetric: what other rows send to a view is in that view's own row, if their sums are known. So
-  # the devices exchange two numbers a view, and no gradients.
+  # Similarities are symmetric: the gradient that other rows contribute to a view follows from that view's own row and
+  # their log-sum-exps. So the devices exchange two numbers per view, and no gradients.
   all_total, all_g = _all_views(total, axis_name), _all_views(g, axis_name)
 
   def gradient(row):
@@ -188,7 +188,7 @@ def _other_views_backward(axis_name, block_size, saved, g):
     return (own_g * jnp.exp(s - own_total) + all_g * jnp.exp(s - all_total)) @ views
 
   rows = _own_views(views, axis_name), jnp.tile(_places(total.shape[1], axis_name), 2)
-  with jax.default_matmul_precision("highest"):  # This is traced later than the loss is.
+  with jax.default_matmul_precision("highest"):  # The backward pass is traced outside of the loss's own context.
     out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), block_size)
   return out[: total.shape[1]], out[total.shape[1] :]
 
@@ -214,15 +214,15 @@ def _own_views(views, axis_name):
 
 
 def _similarity_to_others(z, image, views):
-  # The place tells who is oneself, not the value: a duplicate image in the batch stays a negative.
+  # A view is masked by its index, not by its value: a duplicate image in the batch stays a negative.
   return jnp.where(jnp.arange(len(views)) % (len(views) // 2) == image, -jnp.inf, views @ z)
 
 
-# InfoNCE. The keys take no gradient, so a query's is a weighted mean of keys, which the forward pass makes.
+# InfoNCE. The keys take no gradient, so a query's gradient is a weighted mean of keys: the forward pass computes it.
 
 
 def _other_keys(query, keys, own, block_size):
-  """Log of the sum of exp(query @ key), [n], over all keys but the one that stands at the place `own` [n]."""
+  """Log of the sum of exp(query @ key), [n], over all keys but the one with index `own` [n]."""
 
   def log_sum_exp(row):
     return jax.nn.logsumexp(_similarity_to_other_keys(row, keys))

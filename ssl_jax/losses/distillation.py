@@ -61,7 +61,7 @@ def dino_loss(
   targets = lax.stop_gradient(targets)
   log_z = jax.nn.logsumexp(logits, axis=-1)  # [V, B]
   agreement = jnp.sum(logits * jnp.sum(targets, axis=0, keepdims=True), axis=-1)  # with all teacher views
-  own = jnp.sum(logits[:teachers] * targets, axis=-1)  # with the same view, which does not count
+  own = jnp.sum(logits[:teachers] * targets, axis=-1)  # with the same view, which is excluded
   total = teachers * jnp.sum(log_z) - jnp.sum(log_z[:teachers]) - jnp.sum(agreement) + jnp.sum(own)
   return total / (pairs * student.shape[1])
 

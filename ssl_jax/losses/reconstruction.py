@@ -1,4 +1,4 @@
-"""Reconstruction losses: predict the pixels of patches that were taken away."""
+"""Reconstruction losses: predict the pixels of removed patches."""
 
 import math
 
@@ -12,14 +12,14 @@ from ssl_jax.losses._common import check_float, wide
 def mae_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, normalize_target: bool = True) -> jax.Array:
   r"""Mean squared error on the removed patches (MAE).
 
-  With t the target, per patch scaled to mean 0 and variance 1 if asked, and m the mask:
+  With t the target, with `normalize_target` scaled to mean 0 and variance 1 per patch, and m the mask:
 
   .. math:: L = \frac{\sum_{bl} m_{bl} \frac{1}{P} \sum_p (y_{blp} - t_{blp})^2}{\sum_{bl} m_{bl}}
 
   Args:
     prediction: float [B, L, P], pixels of the patches.
     target: float [B, L, P], as `patchify` gives them. Takes no gradient.
-    mask: [B, L], 1 = removed, which counts, 0 = visible, which does not.
+    mask: [B, L], 1 = removed, included in the loss; 0 = visible, excluded.
     normalize_target: (t - mean) / sqrt(var + 1e-6) in each patch, with the unbiased variance. A constant patch
       becomes 0.
 

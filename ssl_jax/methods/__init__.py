@@ -1,4 +1,4 @@
-"""One file a paper's algorithm; `base.py` documents what they have in common."""
+"""One file per paper's algorithm; `base.py` documents their common interface."""
 
 import difflib
 import importlib

@@ -17,11 +17,11 @@ AXIS = "batch"  # the mapped axis of the training step, over which the global ba
 
 
 class Monitored(NamedTuple):
-  """What the collapse monitors look at (`monitors.measure`). It is not trained on.
+  """The inputs of the collapse monitors (`monitors.measure`). They do not affect training.
 
   Attributes:
-    embedding: float [b, v, d], of one or two views of each example and of any norm; concatenated. Of a large batch
-      some evenly spaced examples are taken (`parallel.combine`).
+    embedding: float [b, v, d], of one or two views of each example and of any norm; concatenated. A large batch is
+      subsampled at even spacing (`parallel.combine`).
     marginal: float [K], the mean distribution over prototypes, averaged; None: the method has no prototypes.
   """
 
@@ -30,7 +30,7 @@ class Monitored(NamedTuple):
 
 
 class Aux(NamedTuple):
-  """What a loss hands on, by how it is combined over microbatches and devices.
+  """A loss's auxiliary outputs, grouped by how they are combined over microbatches and devices.
 
   Attributes:
     metrics: scalars by name, averaged. "loss" is the paper's loss.
@@ -49,7 +49,7 @@ class Init(Protocol):
   def __call__(self, key: jax.Array, views: tuple[jax.Array, ...]) -> tuple[Any, Any]:
     """Creates (params, state); params["encoder"] is the backbone, in every method.
 
-    `views` is what the step gets: one float32 [v, b, h, w, c] array a resolution; one example is enough.
+    `views` is what the step receives: one float32 [v, b, h, w, c] array per resolution; one example is enough.
     """
     ...
 
@@ -60,7 +60,7 @@ class Loss(Protocol):
   ) -> tuple[jax.Array, Aux]:
     """Returns (scalar to minimise, Aux). Pure; gradients flow to `params` only.
 
-    `keys` are typed random keys [b], one an example; `step` is the int32 number of the step, for schedules.
+    `keys` are typed random keys [b], one per example; `step` is the int32 number of the step, for schedules.
     """
     ...
 
@@ -79,10 +79,10 @@ class Encoder(Protocol):
 
 class Pictures(Protocol):
   def __call__(self, params: Any, state: Any, images: jax.Array, keys: jax.Array) -> Any:
-    """Shows what the method does to `images`, float [n, h, w, c] as the encoder's, with one key an image.
+    """Visualises what the method does to `images`, float [n, h, w, c] as the encoder takes them; one key per image.
 
     Returns a NamedTuple whose fields are drawn side by side under their names: [n, h, w, c] like the images, or a tuple
-    of maps [n, h, w] of any scale, each drawn as heat over the first field.
+    of maps [n, h, w] of any scale, each drawn as a heat map over the first field.
     """
     ...
 
@@ -92,10 +92,10 @@ class Method(NamedTuple):
 
   Attributes:
     init, loss, update, encoder: see their protocols.
-    separable: whether the loss of a batch is a mean over its examples, so that the training step may take the gradient
-      of one microbatch after the other. Where it is not, the method encodes by microbatches itself (`in_chunks`).
+    separable: whether the loss of a batch is a mean over its examples, so that the training step may use gradient
+      accumulation. Where it is not, the method encodes in microbatches itself (`in_chunks`).
     chance: value of metrics["loss"] for uninformative outputs at a given global batch size; None: there is none.
-    pictures: see its protocol; None where there is nothing to see.
+    pictures: see its protocol; None where there is nothing to draw.
   """
 
   init: Init
@@ -108,12 +108,12 @@ class Method(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What a method's `from_config` gets beside its own section of a recipe.
+  """What a method's `from_config` receives in addition to its own section of a recipe.
 
   Attributes:
     encoder: `encoder(resnet=..., vit=...)` builds the recipe's encoder with what the method sets for its family; None
-      for a family that the method does not take (`models.make`).
-    is_vit: which family that is.
+      for a family that the method does not support (`models.make`).
+    is_vit: whether that family is the ViT.
     views: the recipe's views.
     batch_size: global.
     channels: of the images.
@@ -156,10 +156,10 @@ def check_positive(settings: Any, *keys: str) -> None:
 
 
 class Momentum(NamedTuple):
-  """The momentum m of a slow network's average: slow = m slow + (1 - m) fast.
+  """The momentum m of a momentum encoder's moving average: slow = m slow + (1 - m) fast.
 
-  It is kept as 1 - m, since float32 loses that where m nears 1: after 99.8 % of 250,000 steps of a cosine from 0.996,
-  1 - m computed from m is half as large again as it should be.
+  It is stored as 1 - m, which float32 cannot recover from an m near 1: after 99.8 % of 250,000 steps of a cosine from
+  0.996, 1 - m computed from m is 50 % too large.
 
   Attributes:
     rate: 1 - m per step.
@@ -194,11 +194,11 @@ def cosine_momentum(first: float, steps: int) -> Momentum:
     ValueError: m0 is not in [0, 1], or T is below 1.
   """
   _check_momentum(first)
-  return Momentum(optax.cosine_decay_schedule(1 - first, steps))  # which checks T
+  return Momentum(optax.cosine_decay_schedule(1 - first, steps))  # optax checks T
 
 
 def _check_momentum(m):
-  if not 0 <= m <= 1:  # NaN is not
+  if not 0 <= m <= 1:  # also true for NaN
     raise UserError(f"a momentum must be in [0, 1], got {m}.")
 
 
@@ -210,13 +210,13 @@ def of_encoder(params: Any, batch_stats: Any) -> dict[str, Any]:
 def in_chunks(
   encode: Callable[[jax.Array], tuple[Any, Any]], views: jax.Array, microbatch: int | None, axis_name: str | None
 ) -> tuple[Any, Any]:
-  """Encodes all images, but `microbatch` of the global batch at a time, so that a loss sees the whole batch exactly.
+  """Encodes all images, `microbatch` of the global batch at a time, for an exact loss of the whole batch (GradCache).
 
   Chunks are encoded one after the other and again in the backward pass: only one chunk's activations exist at once.
   Batch norm normalises within a chunk, and the running statistics average the chunks'.
 
   Args:
-    encode: views [v, m, h, w, c] -> (outputs, averages): pytrees of [v, m, ...] and of what is averaged.
+    encode: views [v, m, h, w, c] -> (outputs, averages): pytrees of [v, m, ...] and of values to average.
     views: float [v, b, h, w, c] of this device.
     microbatch: a multiple of the number of devices; None: all at once.
     axis_name: mapped axis over which the batch is split.

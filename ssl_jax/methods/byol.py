@@ -1,9 +1,9 @@
 """BYOL: predict the target network's projection of the other view (Grill et al., 2020, algorithm 1).
 
-Official code: deepmind-research/byol. Each view has its own forward pass, so that batch norm sees the views apart; the
-target, in training mode with batch statistics of its own, starts from another seed and follows the online network after
-each optimizer step. The official target also averages a predictor and a classifier that nothing uses; here it has none.
-Views here are torchvision's; the official ones are TensorFlow's.
+Official code: deepmind-research/byol. Each view has its own forward pass, so that batch norm normalises each view
+separately; the target, in training mode with batch statistics of its own, starts from another seed and follows the
+online network after each optimizer step. The official target also averages a predictor and a classifier, which are
+unused; here it has neither. Augmentations here are torchvision's; the official ones are TensorFlow's.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from ssl_jax.losses import byol_loss
 from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_two_views, cosine_momentum, of_encoder
 from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
 
-# haiku's default, in the ResNet and the MLPs: normal of deviation 1 / sqrt(fan_in), cut at two of them, uncorrected.
+# haiku's default, in the ResNet and the MLPs: normal of standard deviation 1 / sqrt(fan_in), truncated at two standard
+# deviations without correcting the scale for it.
 haiku_init = nn.initializers.variance_scaling(0.87962566103423978**2, "fan_in", "truncated_normal")
 
 
@@ -73,7 +74,7 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
 
   def chance(batch_size):
     del batch_size
-    return 4.0  # two directions of orthogonal vectors
+    return 4.0  # 2 for orthogonal vectors, in each of two directions
 
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import struct
 from jax import lax
 
-from ssl_jax import streams
+from ssl_jax import random_streams
 from ssl_jax.errors import UserError, check_arguments
 from ssl_jax.losses import dino_center, dino_loss
 from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_positive, cosine_momentum
@@ -34,7 +34,7 @@ class DINOState:
 
 
 class DINOPictures(NamedTuple):
-  """What `Method.pictures` shows: the class token's attention in the teacher's last block, a map [n, h, w] a head."""
+  """What `Method.pictures` shows: the class token's attention in the teacher's last block, one [n, h, w] per head."""
 
   original: jax.Array
   attention: tuple[jax.Array, ...]
@@ -78,7 +78,7 @@ def dino(
       return {}
 
     def draw(key, view):  # of one example's view: independent of the batch and of the number of devices
-      key = jax.random.fold_in(jax.random.fold_in(key, streams.DROP_PATH), view)
+      key = jax.random.fold_in(jax.random.fold_in(key, random_streams.DROP_PATH), view)
       return jax.random.uniform(key, (encoder.depth, 2))
 
     u = jax.vmap(jax.vmap(draw, (0, None)), (None, 0))(keys, first + jnp.arange(views))  # [v, b, depth, 2]
@@ -106,8 +106,8 @@ def dino(
     metrics = {
       "loss": value,
       "teacher_temperature": jnp.asarray(temperature),
-      "teacher_entropy": entropy / math.log(head.prototypes),  # 1 is uniform: the teacher tells nothing
-      "kl": value - entropy,  # the loss without the teacher's own entropy, which training cannot remove
+      "teacher_entropy": entropy / math.log(head.prototypes),  # 1: uniform, an uninformative teacher
+      "kl": value - entropy,  # the loss without the teacher's own entropy, which the student cannot reduce
       "center_norm": jnp.linalg.norm(state.center),
     }
     averages = {"center": center, "batch_stats": batch_stats, "teacher_batch_stats": teacher_stats}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from ssl_jax import streams
+from ssl_jax import random_streams
 from ssl_jax.errors import UserError, check_arguments
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods.base import Aux, Context, Method, Monitored
@@ -21,11 +21,11 @@ from ssl_jax.models.vit import ViT, patch_xavier
 
 @struct.dataclass
 class MAEState:
-  """MAE keeps nothing between steps."""
+  """MAE has no state between steps."""
 
 
 class MAEPictures(NamedTuple):
-  """What `Method.pictures` shows: [n, h, w, c] each; a removed patch is as gray as all images' mean."""
+  """What `Method.pictures` shows: [n, h, w, c] each; removed patches are filled with the mean of all images."""
 
   original: jax.Array
   masked: jax.Array
@@ -40,8 +40,8 @@ def mask_from_noise(noise: jax.Array, keep: int) -> tuple[jax.Array, jax.Array, 
     keep: how many stay in each image.
 
   Returns:
-    (visible int [b, keep], mask float32 [b, L] with 1 = removed, restore int [b, L]: a patch's place in the shuffled
-    order whose first `keep` are the visible ones).
+    (visible int [b, keep], mask float32 [b, L] with 1 = removed, restore int [b, L]: each patch's index in the shuffled
+    order, whose first `keep` are the visible ones).
   """
   shuffle = jnp.argsort(noise, axis=1)
   restore = jnp.argsort(shuffle, axis=1)
@@ -67,7 +67,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     return decoder.apply({"params": params["decoder"]}, tokens, restore, grid), mask, tokens
 
   def draw_noise(keys, patches):
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.MASK), (patches,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, random_streams.MASK), (patches,)))(keys)
 
   def init(key, views):
     encoder_key, decoder_key = jax.random.split(key)
@@ -102,7 +102,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
     del state
     patches = patchify(images, patch)
     prediction, mask, _ = forward(params, images, draw_noise(keys, patches.shape[1]))
-    if normalize_target:  # back by the statistics of the patch itself, which the network was not asked for
+    if normalize_target:  # undone with the true mean and variance of each patch, which the network does not predict
       mean, var = jnp.mean(patches, axis=-1, keepdims=True), jnp.var(patches, axis=-1, keepdims=True, ddof=1)
       prediction = prediction * jnp.sqrt(var + 1e-6) + mean
 
@@ -113,7 +113,7 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
 
     return MAEPictures(images, put_into_removed(jnp.mean(images)), put_into_removed(prediction))
 
-  # A normalised patch has variance 1, which its mean leaves; pixels as they are have one that the data decide.
+  # Predicting a normalised patch's mean, 0, leaves its variance, 1; the variance of raw pixels depends on the data.
   chance = (lambda batch_size: 1.0) if normalize_target else None
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=pictures)
 

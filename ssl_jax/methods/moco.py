@@ -1,10 +1,11 @@
 """MoCo v1 and v2: contrast each query with its key among a queue of old keys, made by a momentum encoder.
 
 He et al., 2020, arXiv:1911.05722, algorithm 1; Chen et al., 2020, arXiv:2003.04297; official code:
-facebookresearch/moco. Batch norm works in small groups, and keys are shuffled between them. Version 3 is another
-algorithm: `moco_v3.py`.
+facebookresearch/moco. Batch norm normalises small groups of examples, and keys are shuffled between groups (shuffling
+BN). Version 3 is another algorithm: `moco_v3.py`.
 
-The official code moves the key network just before the keys are made; moving it after the step before is the same.
+The official code updates the momentum encoder just before it computes the keys; updating it at the end of the previous
+step, as here, is equivalent.
 """
 
 import math
@@ -17,7 +18,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from ssl_jax import streams
+from ssl_jax import random_streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce
 from ssl_jax.methods import moco_v3
@@ -37,7 +38,7 @@ from ssl_jax.models.heads import MoCoHead, Network, train_pass, unit
 
 @struct.dataclass
 class MoCoState:
-  """The key network, both networks' running batch statistics, and the queue.
+  """The key network (momentum encoder), both networks' running batch statistics, and the queue.
 
   `queue` is float32 [K, d], unit rows; `queue_pointer` int32, the row that is written next; `queue_written` int32, how
   many rows hold keys, up to K: the others are still random.
@@ -64,7 +65,7 @@ def moco(
 
   Args:
     encoder, head: modules called as `module(x, train=...)`; the encoder's batch norm has a group size.
-    queue_size: K, any number.
+    queue_size: K; it need not be a multiple of the batch size.
     temperature: of `info_nce`.
     momentum: m, the weight of the key network in its own average.
     axis_name: mapped axis over which the batch is split.
@@ -72,7 +73,7 @@ def moco(
   network = Network(encoder, head)
 
   def init(key, views):
-    network_key, queue_key = jax.random.split(key)[0], jax.random.fold_in(key, streams.QUEUE)
+    network_key, queue_key = jax.random.split(key)[0], jax.random.fold_in(key, random_streams.QUEUE)
     z, variables = network.init_with_output(network_key, views[0][0], train=True)
     params, stats = variables["params"], variables.get("batch_stats", {})
     queue = unit(jax.random.normal(queue_key, (queue_size, z.shape[-1])))
@@ -124,12 +125,14 @@ def moco(
 def shuffle(keys: jax.Array, images: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
   """Shuffles the images of the global batch (shuffling BN), so that a key's batch-norm group is not its query's.
 
-  The order is that of one uniform number an example, so that it does not depend on the number of devices.
+  Examples are sorted by one uniform number each, so that the order does not depend on the number of devices.
 
   Returns:
-    (images [b, ...] to encode here, int [b]: where this device's own examples are found in the gathered results).
+    (images [b, ...] to encode here, int [b]: the indices of this device's own examples in the gathered results).
   """
-  draws = gather(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.SHUFFLE)))(keys), axis_name)
+  draws = gather(
+    jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, random_streams.SHUFFLE)))(keys), axis_name
+  )
   order = jnp.argsort(draws)
   first = lax.axis_index(axis_name) * len(images) if axis_name else 0
   here = first + jnp.arange(len(images))

@@ -1,8 +1,8 @@
-"""MoCo v3: contrast each prediction with the momentum network's projection of the other view, among the batch's.
+"""MoCo v3: contrast each prediction with the momentum encoder's projection of the other view, among those of the batch.
 
 Chen et al., 2021, arXiv:2104.02057, algorithm 1; official code: facebookresearch/moco-v3. No queue; a predictor, both
-directions, batch norm over the whole batch. The official code moves the momentum network just before its projections
-are made; moving it after the step before, with that step's momentum, is the same.
+directions, batch norm over the whole batch. The official code updates the momentum encoder just before it computes the
+projections; updating it at the end of the previous step, with that step's momentum, is equivalent.
 """
 
 import functools
@@ -98,7 +98,7 @@ def moco_v3(
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MoCo v3 as a recipe's `method` section describes it."""
   check_contrastive("moco v3", context.batch_size)
-  # The released ViTs end every MLP in a plain batch norm, the ResNet's predictor in none.
+  # As released: every MLP ends in a batch norm without gain and offset, except for the ResNet's predictor.
   mlp = dict(hidden=settings.hidden, features=settings.features, kernel_init=torch_uniform)
   mlp |= dict(axis_name=context.axis_name, dtype=context.dtype)
   return moco_v3(

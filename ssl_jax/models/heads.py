@@ -138,7 +138,7 @@ class Network(nn.Module):
 
 
 class PredictorNetwork(nn.Module):
-  """An encoder, a projector and a predictor (BYOL, MoCo v3); the slow copy has no predictor and calls `project`."""
+  """An encoder, a projector and a predictor (BYOL, MoCo v3); the momentum copy only calls `project`."""
 
   encoder: nn.Module
   projector: nn.Module
@@ -165,7 +165,7 @@ def train_pass(
 def view_by_view(
   network: nn.Module, params: Any, batch_stats: Any, views: jax.Array, method: str | None = None
 ) -> tuple[Any, Any]:
-  """Applies a network to [v, b, h, w, c] in one training pass a view, so that batch norm sees the views apart.
+  """Applies a network to [v, b, h, w, c] in one training pass per view: batch norm normalises each view separately.
 
   Returns:
     (outputs [v, b, ...], the running statistics after the last view).
@@ -178,7 +178,7 @@ def view_by_view(
 
 
 def without_predictor(tree):
-  """The part of parameters or batch statistics that the slow copy has."""
+  """The part of parameters or batch statistics that the momentum copy has."""
   return {name: part for name, part in tree.items() if name != "predictor"}
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.models.vit import Block, LayerNorm, sincos_positions
+from ssl_jax.models.vit import Block, layer_norm, sincos_positions
 
 
 class MAEDecoder(nn.Module):
@@ -17,6 +17,7 @@ class MAEDecoder(nn.Module):
     patch_values: values of a patch, p p C.
     dim, depth, heads, mlp_ratio: shape of the transformer.
     kernel_init, token_init: of the linear layers and of the mask token.
+    recompute: see `vit.ViT`.
     dtype: of the computation.
   """
 
@@ -27,6 +28,7 @@ class MAEDecoder(nn.Module):
   mlp_ratio: float = 4
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
   token_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+  recompute: bool = True
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -35,7 +37,7 @@ class MAEDecoder(nn.Module):
 
     Args:
       tokens: float [b, 1 + visible, d], the class token first.
-      restore: int [b, L], where each patch stands in the shuffled order whose first are the visible ones.
+      restore: int [b, L], each patch's index in the shuffled order, in which the visible ones come first.
       grid: rows and columns of patches, L in all.
 
     Returns:
@@ -50,7 +52,7 @@ class MAEDecoder(nn.Module):
     x = jnp.concatenate([x[:, :1], patches], axis=1)
     x = x + jnp.asarray(sincos_positions(*grid, self.dim, row_first=False)).astype(self.dtype)
     for i in range(self.depth):
-      args = (self.heads, self.mlp_ratio, self.kernel_init, self.kernel_init, self.dtype)
+      args = (self.heads, self.mlp_ratio, self.kernel_init, self.kernel_init, self.dtype, self.recompute)
       x = Block(*args, name=f"decoder_blocks_{i}")(x)
-    x = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False, name="decoder_norm")(x)
+    x = layer_norm(self.dtype, self.recompute, name="decoder_norm")(x)
     return dense(self.patch_values, name="decoder_pred")(x)[:, 1:]

@@ -1,4 +1,4 @@
-"""Batch normalisation with PyTorch's bookkeeping, over a mapped axis."""
+"""Batch normalisation with running statistics as in PyTorch, over a mapped axis."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ class BatchNorm(nn.Module):
 
   Attributes:
     axis_name: mapped axis over which the batch is split; None: the batch that is passed.
-    group_size: examples, next to each other, that are normalised together, on one device: a property of the recipe, not
-      of the number of devices (MoCo v1 and v2). The running statistics average the groups'. None: all examples.
+    group_size: number of consecutive examples that are normalised together, on one device: a property of the recipe,
+      not of the number of devices (MoCo v1 and v2). The running statistics average the groups'. None: all examples.
     momentum: weight of the old running statistics (PyTorch's `momentum` is one minus this).
     use_bias, use_scale: whether the offset and the gain are learned.
     scale_init: zeros make a residual block start as the identity.
@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """x: float [..., channels]; `train` picks the batch's statistics over the running ones."""
+    """x: float [..., channels]; `train` uses the batch's statistics instead of the running ones."""
     shape = (x.shape[-1],)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
     running_var = self.variable("batch_stats", "var", jnp.ones, shape)
@@ -46,13 +46,13 @@ class BatchNorm(nn.Module):
       if groups * self.group_size != x.shape[0]:
         raise UserError(f"bn_group_size={self.group_size} does not divide the {x.shape[0]} examples of a device.")
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    # One group has no axis of its own: XLA's CPU kernels sum products behind an axis of 1 40 times as slowly.
+    # A single group gets no axis: with a leading axis of size 1, XLA's CPU kernels sum products 40 times as slowly.
     wide = wide.reshape(*([groups] if groups > 1 else []), -1, *shape)
 
     if train:
       moments = jnp.mean(wide, axis=-2), jnp.mean(jnp.square(wide), axis=-2)  # [groups, channels] or [channels]
       n = wide.shape[-2]
-      # While parameters are created there is no mapped axis, and no statistic to keep.
+      # During initialisation there is no mapped axis, and no statistics are kept.
       if self.axis_name is not None and self.group_size is None and not self.is_initializing():
         moments = lax.pmean(moments, self.axis_name)
         n *= lax.axis_size(self.axis_name)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
-from ssl_jax.models.conv import conv_general_dilated
+from ssl_jax.models.cpu import conv_general_dilated
 from ssl_jax.models.norm import BatchNorm
 
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -70,7 +70,7 @@ class ResNet(nn.Module):
     width: multiplies all channels; 1 is the paper's 64 in the first stage.
     stem: "imagenet" (7x7 stride 2, 3x3 max-pool stride 2), "small" (3x3 stride 1, no pool: 32x32 images) or "patch"
       (7x7 stride 4, no pool: maps of a quarter of the side, for a quick run on small images).
-    features: "pooled" averages the last maps; "flat" keeps them, flattened, so that places are told apart.
+    features: "pooled" averages the last maps; "flat" flattens them, which keeps spatial positions apart.
     project_first: a projection shortcut in the first block of the first stage even where the shapes agree, as in the
       official SimCLR; torchvision has none there.
     conv_init, last_scale_init: initialisation of the convolutions, and of the gain of each block's last norm.

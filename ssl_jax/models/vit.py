@@ -12,19 +12,19 @@ from einops import rearrange
 from jax import lax
 
 from ssl_jax.errors import UserError
-from ssl_jax.models.conv import conv_general_dilated
+from ssl_jax.models.cpu import conv_general_dilated, dot_general
 from ssl_jax.models.heads import torch_bias, torch_uniform
-from ssl_jax.models.linear import dot_general
 
 normal_02 = nn.initializers.normal(0.02)
 Dense = functools.partial(nn.Dense, dot_general=dot_general)
 
-# Computed again in the backward pass, from inputs that are kept anyway: what they would keep besides was a third of a
-# training step's memory, and writing and reading it back took longer than these few operations.
-LayerNorm = nn.remat(nn.LayerNorm)
+
+def layer_norm(dtype: Any, recompute: bool, name: str | None = None) -> nn.Module:
+  """The transformers' layer norm; `recompute`: computed again in the backward pass."""
+  kind = nn.remat(nn.LayerNorm) if recompute else nn.LayerNorm
+  return kind(1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
-@jax.checkpoint
 def gelu(x):
   """x Phi(x) in float32 by erf, as in PyTorch; JAX's own by erfc takes a CPU two to three times as long."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -37,7 +37,7 @@ def patch_xavier(key, shape, dtype=jnp.float32):
 
 
 def qkv_xavier(key, shape, dtype=jnp.float32):
-  """Xavier-uniform over query, key and value apart (MoCo v3); MAE's bound is that of the fused matrix."""
+  """Xavier-uniform for query, key and value separately (MoCo v3); MAE's bound is that of the fused matrix."""
   bound = math.sqrt(6 / (shape[0] + shape[1] // 3))
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -45,16 +45,17 @@ def qkv_xavier(key, shape, dtype=jnp.float32):
 class ViT(nn.Module):
   """A vision transformer with a class token and no classifier.
 
-  Called, it gives what `features` says: "cls", the class token after the last norm; "mean" of the patches' tokens after
-  it; or "flat", all of those, flattened, so that places are told apart.
+  It returns what `features` says: "cls", the class token after the last norm; "mean", the mean of the patches' tokens
+  after it; or "flat", all of those, flattened, which keeps spatial positions apart.
 
   Attributes:
     patch_size, dim, depth, heads, mlp_ratio: its shape.
-    image_size: side of the grid of learned positions, in pixels; other sizes interpolate them. Fixed positions fit any.
+    image_size: image side, in pixels, that learned positions are for; they are interpolated for other sizes. Fixed
+      positions fit any size.
     positions: "learned", or fixed sines and cosines: "row_first" (MoCo v3) or "column_first" (MAE).
     drop_path: rate in the last block, rising linearly from 0 in the first.
-    init_std: deviation of the linear layers' normal initialisation. The papers' 0.02 is for their widths: in a network
-      of 64 features a class token starts nearly the same for all images, and DINO takes long to tell them apart.
+    init_std: standard deviation of the linear layers' normal initialisation. The papers' 0.02 is for their widths: in a
+      network of 64 features a class token starts nearly the same for all images, and DINO takes long to separate them.
     kernel_init, qkv_init: of the linear layers, and of the fused query, key and value matrix [dim, 3 dim], in place of
       the normal one.
     patch_init: of the patch embedding [p, p, C, dim].
@@ -62,6 +63,9 @@ class ViT(nn.Module):
     token_init: of the class token.
     frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
     features: see above.
+    recompute: compute layer norms and GELUs again in the backward pass, from inputs that are kept anyway. What they
+      would keep besides is a third of a training step's memory, and on a bandwidth-bound device writing and reading it
+      costs about what these few elementwise operations cost.
     dtype: of the computation; parameters stay float32.
   """
 
@@ -81,6 +85,7 @@ class ViT(nn.Module):
   token_init: nn.initializers.Initializer = normal_02
   frozen_patch_embed: bool = False
   features: str = "cls"
+  recompute: bool = True
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -96,16 +101,16 @@ class ViT(nn.Module):
       self.pos_embed = self.param("pos_embed", normal_02, (1, grid * grid + 1, self.dim))
     normal = nn.initializers.normal(self.init_std)
     inits = self.kernel_init or normal, self.qkv_init or normal
-    block = functools.partial(Block, self.heads, self.mlp_ratio, *inits, self.dtype)
+    block = functools.partial(Block, self.heads, self.mlp_ratio, *inits, self.dtype, self.recompute)
     self.blocks = [block() for _ in range(self.depth)]
-    self.norm = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.norm = layer_norm(self.dtype, self.recompute)
 
   def __call__(self, images: jax.Array, *, train: bool, uniforms: jax.Array | None = None) -> jax.Array:
     """Maps float [b, H, W, C] to float32 [b, features].
 
     `uniforms` [depth, 2, b] in [0, 1) decide which examples skip which branch; None drops none.
     """
-    del train  # No batch statistics; what is random comes in as `uniforms`.
+    del train  # No batch statistics; the only randomness is `uniforms`.
     tokens = _wide(self.norm(self.outputs(images, uniforms=uniforms)[-1]))
     if self.features == "cls":
       return tokens[:, 0]
@@ -156,7 +161,7 @@ class ViT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-  """Cuts into patches and projects each: a convolution with stride and kernel of a patch."""
+  """Cuts into patches and projects each: a convolution whose stride and kernel size are the patch size."""
 
   dim: int
   patch: tuple[int, int]
@@ -181,15 +186,16 @@ class Block(nn.Module):
   kernel_init: nn.initializers.Initializer
   qkv_init: nn.initializers.Initializer
   dtype: Any
+  recompute: bool = True
 
   def setup(self):
-    self.norm1 = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
+    self.norm1 = layer_norm(self.dtype, self.recompute)
     self.attn = Attention(self.heads, self.kernel_init, self.qkv_init, self.dtype)
-    self.norm2 = LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
-    self.mlp = MLP(self.mlp_ratio, self.kernel_init, self.dtype)
+    self.norm2 = layer_norm(self.dtype, self.recompute)
+    self.mlp = MLP(self.mlp_ratio, self.kernel_init, self.dtype, self.recompute)
 
   def __call__(self, x, masks=(1.0, 1.0)):
-    x = x + (masks[0] * self.attn(self.norm1(x))).astype(x.dtype)  # float32 masks would leave float32 tokens
+    x = x + (masks[0] * self.attn(self.norm1(x))).astype(x.dtype)  # float32 masks would promote the tokens
     return x + (masks[1] * self.mlp(self.norm2(x))).astype(x.dtype)
 
   def attention(self, x):
@@ -214,7 +220,7 @@ class Attention(nn.Module):
     if weights_only:
       scores = jnp.einsum("bqhd,bkhd->bhqk", _wide(q), _wide(k)) / math.sqrt(dim // self.heads)
       return jax.nn.softmax(scores)
-    # cuDNN's fused kernel has to be asked for; it serves half precision and these widths of a head only.
+    # cuDNN's fused kernel has to be requested; it supports only half precision and these head widths.
     fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     out = fused_attention(q, k, v) if fused else jax.nn.dot_product_attention(q, k, v)
     out = rearrange(out, "b n h d -> b n (h d)")
@@ -252,12 +258,14 @@ class MLP(nn.Module):
   ratio: float
   kernel_init: nn.initializers.Initializer
   dtype: Any
+  recompute: bool
 
   @nn.compact
   def __call__(self, x):
     dim = x.shape[-1]
     dense = functools.partial(Dense, kernel_init=self.kernel_init, dtype=self.dtype)
-    return dense(dim, name="fc2")(gelu(dense(int(dim * self.ratio), name="fc1")(x)))
+    activation = jax.checkpoint(gelu) if self.recompute else gelu
+    return dense(dim, name="fc2")(activation(dense(int(dim * self.ratio), name="fc1")(x)))
 
 
 def drop_mask(uniforms: jax.Array, rate: float) -> jax.Array:
@@ -284,8 +292,8 @@ def sincos_positions(height: int, width: int, dim: int, row_first: bool) -> np.n
 def interpolate_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
   """Learned positions [1, 1 + g g, d] for a grid of height x width patches, as `interpolate_pos_encoding` of DINO.
 
-  Bicubic with a = -0.75 and no antialias, edges repeated. The official code adds 0.1 to the wanted sides before it
-  divides, and PyTorch samples by that scale too: released weights are used so, and so is it here.
+  Bicubic with a = -0.75 and no antialias, edges repeated. The official code adds 0.1 to the target sides before it
+  computes the scale, and PyTorch samples with that scale. So does this, since released weights are used that way.
   """
   grid = math.isqrt(positions.shape[1] - 1)
   if (height, width) == (grid, grid):

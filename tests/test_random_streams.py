@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ssl_jax import augment, data, streams
+from ssl_jax import augment, data, random_streams
 from ssl_jax.data import crop
 from ssl_jax.methods import dino, mae, moco
 from ssl_jax.methods.base import constant_momentum
@@ -92,7 +92,7 @@ def test_no_two_purposes_share_a_draw(monkeypatch):
 
 
 def test_streams_have_numbers_of_their_own_which_no_view_reaches():
-  numbers = [streams.MASK, streams.SHUFFLE, streams.DROP_PATH, streams.QUEUE]
+  numbers = [random_streams.MASK, random_streams.SHUFFLE, random_streams.DROP_PATH, random_streams.QUEUE]
   assert len(set(numbers)) == len(numbers) and min(numbers) >= 2**16
 
 

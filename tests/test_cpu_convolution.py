@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from programs import cpu_seconds
 
-from ssl_jax.models.conv import conv_general_dilated
+from ssl_jax.models.cpu import conv_general_dilated
 
 LAYOUT = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
 

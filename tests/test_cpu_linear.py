@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from programs import cpu_seconds, temporaries
 
-from ssl_jax.models.linear import dot_general
+from ssl_jax.models.cpu import dot_general
 
 
 def gradients(product, x, kernel):
