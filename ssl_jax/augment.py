@@ -2,9 +2,10 @@
 
 Every operation takes one planar image, float [C, H, W] with values in [0, 1], and is vmapped over the batch by
 `make_views`. Planes come first because colour operations mix whole planes: XLA's CPU code for them is several
-times faster than with channels last. The public border, `make_views` and `evaluation_view`, is [..., H, W, C].
+times faster than with channels last. The public functions `make_views` and `evaluation_view` use [..., H, W, C].
 
-A view is described by data, `View(...)`, so that a recipe's config shows its paper's table; one function executes it.
+A view is described by data, `View(...)`, so that a recipe's config reads like its paper's table; one function executes
+it.
 References: torchvision `transforms.v2.functional` (tensor path) and Pillow's `Resample.c`, `BoxBlur.c`.
 """
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_HIGHEST = lax.Precision.HIGHEST  # Pixels to 1e-5: the default is bfloat16 products on a TPU, TF32 on a GPU.
+_HIGHEST = lax.Precision.HIGHEST  # Pixels exact to 1e-5: the default is bfloat16 on a TPU, TF32 on a GPU.
 _TRIES = 10  # torchvision's, in RandomResizedCrop.get_params
 
 
@@ -24,17 +25,17 @@ class View(NamedTuple):
   """One augmented view: random-resized-crop, flip, colour jitter, grayscale, blur, solarize, normalise, in this order.
 
   Attributes:
-    size: side of the square that comes out, pixels.
+    size: side of the square output, in pixels.
     scale, ratio: ranges of the crop's share of the image's area and of its width / height.
     interpolation: "bilinear" or "bicubic", both antialiased as in Pillow.
     flip: probability of a horizontal flip.
     jitter: strengths of brightness, contrast, saturation and hue; applied with probability `jitter_p`, in random order,
-      to images of 1 or 3 channels: for others contrast and what follows it are not defined.
-    gray_p: probability of dropping the colour, of images of 3 channels.
+      to images of 1 or 3 channels: for others contrast, saturation and hue are not defined.
+    gray_p: probability of conversion to grayscale, for images of 3 channels.
     blur_p, blur_kind, blur_sigma, blur_kernel: probability; "gaussian" (torchvision's, with `blur_kernel` taps) or
       "pil" (Pillow's GaussianBlur, three box blurs); range of the standard deviation.
     solarize_p: probability of inverting every value >= `solarize_threshold`.
-    mean, std: normalisation by channel, last; an empty tuple leaves [0, 1].
+    mean, std: normalisation per channel, applied last; an empty tuple leaves [0, 1].
   """
 
   size: int
@@ -69,12 +70,12 @@ class EvaluationView(NamedTuple):
 
 
 def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
-  """One random key an example, a function of the seed, the step and the position in the global batch alone.
+  """One random key per example, a function of only the seed, the step and the position in the global batch.
 
   Args:
     seed: the run's seed.
     step: int scalar.
-    positions: int [b], where the examples stand in the global batch.
+    positions: int [b], the examples' indices in the global batch.
 
   Returns:
     Typed threefry keys [b], the same however many devices share the batch.
@@ -89,19 +90,19 @@ def make_views(
   """Draws every view of every image.
 
   Args:
-    keys: typed keys [b], one an example (`example_keys`).
+    keys: typed keys [b], one per example (`example_keys`).
     images: uint8 [b, H, W, C]; or, where the crops are cut already (`data.Dataset.batches`), a tuple of uint8
-      [b, v, size, size, C], one a resolution in order of first appearance.
+      [b, v, size, size, C], one per resolution in order of first appearance.
     views: descriptions. View i of an example depends on its key and i only.
 
   Returns:
-    A tuple with one float32 [v, b, size, size, C] array a resolution, in order of first appearance.
+    A tuple with one float32 [v, b, size, size, C] array per resolution, in order of first appearance.
   """
   by_size = by_resolution(views)
   is_cut = isinstance(images, tuple)
   planar = jax.tree.map(lambda x: jnp.moveaxis(x, -1, -3).astype(jnp.float32) / 255, images)
   drawn: dict[int, jax.Array] = {}
-  for view in dict.fromkeys(views):  # Equal descriptions are one computation over (view, example).
+  for view in dict.fromkeys(views):  # Views of equal description are vmapped over (view, example).
     indices = [i for i, other in enumerate(views) if other == view]
     own = planar
     if is_cut:
@@ -117,7 +118,7 @@ def make_views(
 
 
 def by_resolution(views: Sequence[View]) -> dict[int, list[int]]:
-  """The numbers of the views of each size, in order of first appearance."""
+  """The indices of the views of each size, in order of first appearance."""
   sizes: dict[int, list[int]] = {}
   for i, view in enumerate(views):
     sizes.setdefault(view.size, []).append(i)
@@ -125,14 +126,14 @@ def by_resolution(views: Sequence[View]) -> dict[int, list[int]]:
 
 
 def crop_shapes(views: Sequence[View], batch_size: int, channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """The shapes of a batch whose crops are cut already: uint8 [b, v, size, size, C], one a resolution."""
+  """The shapes of a batch whose crops are cut already: uint8 [b, v, size, size, C], one per resolution."""
   counts = {size: len(indices) for size, indices in by_resolution(views).items()}
   return tuple(jax.ShapeDtypeStruct((batch_size, v, s, s, channels), np.uint8) for s, v in counts.items())
 
 
 def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = False) -> jax.Array:
-  """One view of one planar image: float [C, H, W] in [0, 1] -> float [C, size, size]; `is_cut`: it is the crop."""
-  # One draw of uniforms serves all decisions: a threefry call costs more to compile than everything it decides.
+  """One view of one planar image: float [C, H, W] in [0, 1] -> [C, size, size]; `is_cut`: it is cropped already."""
+  # One draw of uniforms for all decisions: each threefry call takes longer to compile than all that depends on it.
   u = jax.random.uniform(key, (2 * _TRIES + 16,))
   box_draws, flip_draw, jitter_draws, gray_draw, sigma_draw, blur_draw, solarize_draw = (
     u[:22],
@@ -173,7 +174,7 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
 
 
 def evaluation_view(images: jax.Array, view: EvaluationView) -> jax.Array:
-  """What the encoder gets of images that are resized and cropped: uint8 [b, h, w, C] -> float32 [b, h, w, C].
+  """The encoder's input from resized and cropped images: uint8 [b, h, w, C] -> float32 [b, h, w, C].
 
   The data set resizes and crops them on the host (`data.crop.centre_crop`).
   """
@@ -188,7 +189,7 @@ def crop_box(uniforms: jax.Array, image_size: tuple[int, int], scale, ratio) -> 
     uniforms: float [22] in [0, 1): ten areas, ten ratios, top and left.
     image_size: (height, width).
     scale: range of the area as a share of the image's.
-    ratio: range of width / height, drawn evenly in its logarithm.
+    ratio: range of width / height, drawn log-uniformly.
 
   Returns:
     int32 [4]: top, left, height, width.
@@ -215,7 +216,7 @@ def resized_crop(image: jax.Array, box: jax.Array, size: int, interpolation: str
   """Cuts `box` (top, left, height, width) out of [C, H, W] and resizes it to [C, size, size], antialiased.
 
   Two small matrix products whose weights stop at the box's edge, as crop-then-resize does. `flip` mirrors the result
-  by reading the columns' weights backwards. Bicubic weights overshoot [0, 1], as torchvision's on tensors do.
+  by reversing the columns' weights. Bicubic weights overshoot [0, 1], as torchvision's on tensors do.
   """
   top, left, height, width = box
   rows = _resize_weights(top, height, image.shape[1], size, interpolation)
@@ -230,7 +231,7 @@ def _resize_weights(start, length, n, size, interpolation):
   if interpolation not in ("bilinear", "bicubic"):
     raise ValueError(f'interpolation must be "bilinear" or "bicubic", got {interpolation!r}.')
   scale = length / size
-  # A shrinking filter is stretched by the factor, an enlarging one is not.
+  # The filter is widened by the scale when shrinking (antialiasing), and not when enlarging.
   stretch = jnp.maximum(scale, 1.0)
   centre = start + (jnp.arange(size)[:, None] + 0.5) * scale
   pixel = jnp.arange(n)[None, :]
@@ -254,8 +255,8 @@ def color_jitter(image: jax.Array, factors: Sequence, hue_shift: jax.Array, orde
     hue_shift: in turns of the colour circle, [-0.5, 0.5].
     order: int [4], a permutation of 0 (brightness), 1 (contrast), 2 (saturation), 3 (hue).
 
-  Under `vmap` a `lax.switch` would run all four branches in all four places. The first three are one formula,
-  clip(A x + P gray(x) + Q mean(gray(x))), so that only coefficients are picked, and hue is computed once, between them.
+  Under `vmap` a `lax.switch` would run all four branches at all four positions. The first three are one formula,
+  clip(A x + P gray(x) + Q mean(gray(x))), of which only the coefficients vary; hue is computed once, between them.
   """
   multipliers = jnp.stack([*factors, 1.0])  # hue has none
   hue_place = jnp.argmax(order == 3)
@@ -270,7 +271,7 @@ def color_jitter(image: jax.Array, factors: Sequence, hue_shift: jax.Array, orde
 
     return at
 
-  # Loops, since XLA would otherwise fuse the places and compute each one's gray again for every plane of the next.
+  # Loops, since XLA would otherwise fuse the steps and recompute each one's gray image for every plane of the next.
   image = lax.fori_loop(0, 3, adjust(lambda place: place < hue_place), image)
   image = adjust_hue(image, hue_shift)
   return lax.fori_loop(1, 4, adjust(lambda place: place > hue_place), image)
@@ -284,7 +285,7 @@ def luma(image: jax.Array) -> jax.Array:
 
 
 def grayscale(image: jax.Array) -> jax.Array:
-  """Drops the colour, keeps the number of channels."""
+  """Converts to grayscale, with the same number of channels."""
   return jnp.broadcast_to(luma(image), image.shape)
 
 
@@ -320,7 +321,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, kernel_size: int) -> jax.A
   reach = kernel_size // 2
   taps = jnp.exp(-0.5 * jnp.square(jnp.arange(-reach, reach + 1) / sigma))
   taps = taps / jnp.sum(taps)
-  # The edge rule is in the matrix: [H, H] weights that say how much of row h goes into row y.
+  # The matrix includes the edge handling: [y, h] is the weight of input row h in output row y.
   rows, columns = (
     jnp.einsum("t,tyh->yh", taps, _shifts(n, reach, "reflect"), precision=_HIGHEST) for n in image.shape[1:]
   )

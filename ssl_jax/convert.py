@@ -19,7 +19,7 @@ _LEAVES = {
   "mean": "running_mean",
   "var": "running_var",
 }
-# Our names and PyTorch's, where they differ: blocks, shortcuts, and the places in a projector's Sequential of
+# Our names and PyTorch's, where they differ: blocks, shortcuts, and the indices in a projector's Sequential of
 # [linear, norm, ReLU] triples.
 _NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
   (r"layer(\d+)_(\d+)", r"layer\1.\2"),

@@ -1,4 +1,4 @@
-"""What a training step costs, and how much of the device's peak that is.
+"""The FLOPs of a training step, and the peak of the device.
 
 Counted are matrix products and convolutions, from the traced program: the same on every backend, and exact where XLA's
 cost analysis counts the body of a loop once. Elementwise work is not counted, as is usual for model FLOP utilisation.
@@ -9,11 +9,11 @@ import math
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxprs_in_params
 
-# Dense peaks of a device of JAX's, from the makers' data sheets, in TFLOP/s: (bfloat16, float32). By JAX's defaults
+# Dense peaks of one JAX device, from the vendors' data sheets, in TFLOP/s: (bfloat16, float32). By JAX's defaults
 # products of float32 are one bfloat16 pass on a TPU, and TF32 on a GPU from Ampere on. None: no such units. The first
-# name that the device's kind contains counts.
+# name that is part of the device's kind is used.
 PEAKS = {
-  "TPU v2": (22.5, 22.5),  # a core, which is a device of JAX's up to v3
+  "TPU v2": (22.5, 22.5),  # per core, which is one JAX device up to v3
   "TPU v3": (61.5, 61.5),
   "TPU v4 lite": (138.0, 138.0),
   "TPU v4": (275.0, 275.0),
@@ -52,10 +52,10 @@ def peak(device_kind: str, dtype: str) -> float | None:
 def count(program: ClosedJaxpr) -> int:
   """The FLOPs of a traced program, `jax.make_jaxpr(f)(*args)` or `jax.jit(f).trace(*args).jaxpr`, on all its devices.
 
-  Two for each multiplication and addition. A loop counts as often as it runs where tracing tells that (`lax.scan`,
-  `lax.map`), else once; of the branches of a condition the dearest. Terms of a convolution that meet padding or the
-  holes of a dilation are left out, so that each of its two gradients costs exactly what it does. What `jax.checkpoint`
-  computes again in the backward pass is left out, since these are the FLOPs of the model.
+  Two for each multiplication and addition. A loop counts once per iteration where the trace has their number
+  (`lax.scan`, `lax.map`), else once; a conditional counts as its most expensive branch. Terms of a convolution that
+  fall on padding or the holes of a dilation are left out, so that each of its two gradients costs exactly what it does.
+  What `jax.checkpoint` recomputes in the backward pass is left out, since these are the FLOPs of the model.
   """
   return _count(program.jaxpr)
 
@@ -66,7 +66,7 @@ def in_words(flops: float) -> str:
 
 
 def _count(jaxpr):
-  # What nothing uses is not computed, as the gradient of a first layer to the images.
+  # Unused results are not computed, such as the gradient of the first layer with respect to the images.
   total, used = 0, {id(x) for x in jaxpr.outvars}
   for equation in reversed(jaxpr.eqns):
     if equation.effects or not used.isdisjoint(map(id, equation.outvars)):
@@ -77,7 +77,7 @@ def _count(jaxpr):
 
 def _count_equation(equation):
   name, params = equation.primitive.name, equation.params
-  if "rematted_computation" in str(equation.source_info.name_stack):  # JAX's name for what it computes again
+  if "rematted_computation" in str(equation.source_info.name_stack):  # JAX's name for recomputation
     return 0
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
@@ -94,7 +94,7 @@ def _count_equation(equation):
   return times * sum(inner)
 
 
-# How many products like that of queries and keys a fused kernel stands for.
+# The number of products of the size of queries times keys in a fused kernel.
 _FUSED_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
 
 

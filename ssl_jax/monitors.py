@@ -1,4 +1,4 @@
-"""Collapse monitors: what embeddings look like when a method has stopped to learn, and a warning in words."""
+"""Collapse monitors: statistics of the embeddings that show representation collapse, and a warning about it."""
 
 import math
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_ROWS = 256  # of the Gram matrix: enough to see a collapse, too few to cost anything
-# Below these a batch of embeddings is collapsed: random ones have about 1, and about min(rows, d). A healthy ViT may
-# begin at a rank of 1.6.
+_ROWS = 256  # of the Gram matrix: enough to detect collapse, at negligible cost
+# Below these a batch of embeddings has collapsed: random ones have about 1, and about min(rows, d). A healthy ViT may
+# start at a rank of 1.6.
 COLLAPSED_STD, COLLAPSED_RANK = 0.1, 1.1
 UNIFORM_TEACHER, ONE_PROTOTYPE = 0.995, 0.1  # entropies as shares of log K
 
 
 def measure(embedding: jax.Array, marginal: jax.Array | None = None) -> dict[str, jax.Array]:
-  r"""Collapse monitors of one batch, as in Wang and Isola, 2020, arXiv:2005.10242, for the last two.
+  r"""Collapse monitors of one batch. Alignment and uniformity are those of Wang and Isola, 2020, arXiv:2005.10242.
 
   Args:
     embedding: float [n, v, d], one view or two of each example, of any norm.
@@ -26,10 +26,10 @@ def measure(embedding: jax.Array, marginal: jax.Array | None = None) -> dict[str
       spread evenly, 0 where all are one point;
     "effective_rank": (sum of eigenvalues)^2 / sum of their squares of the covariance of at most 256 rows, from their
       Gram matrix without an eigendecomposition: between 1 and min(d, rows - 1);
-    "alignment": mean squared distance of an example's two views, 0 to 4; not there for one view;
+    "alignment": mean squared distance of an example's two views, 0 to 4; absent for one view;
     "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point;
-    "marginal_entropy": of `marginal`, as a share of log K: near 0 all images fall on one prototype, which neither the
-      loss nor a k-NN shows; not there without one.
+    "marginal_entropy": of `marginal`, as a share of log K: near 0 all images are assigned to one prototype, which
+      neither the loss nor a k-NN shows; absent without `marginal`.
   """
   z = embedding.astype(jnp.float32)
   z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
@@ -54,9 +54,9 @@ def measure(embedding: jax.Array, marginal: jax.Array | None = None) -> dict[str
 
 
 def collapse_warning(row: dict[str, Any]) -> str | None:
-  """A sentence for the user if a row's monitors say that the features have collapsed.
+  """A warning for the user if the monitors of a row of metrics show that the features have collapsed.
 
-  Rows without "alignment" are of a method with one view, which asks for no invariance and so cannot collapse.
+  Rows without "alignment" are of a method with one view, which trains for no invariance and so cannot collapse.
   """
   if "alignment" not in row:
     return None

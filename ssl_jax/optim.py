@@ -15,10 +15,10 @@ class ParameterRules(NamedTuple):
   """Which parameters an optimizer treats differently: regular expressions that match a parameter's whole path.
 
   Attributes:
-    no_decay: neither decays nor adapts (LARS's trust ratio).
+    no_decay: excluded from weight decay and from LARS's trust ratio.
     frozen: never trained.
-    late: not trained in the first `late_epochs` epochs. Neither late nor frozen parameters are decayed or have moments
-      meanwhile, as a PyTorch parameter without a gradient.
+    late: not trained in the first `late_epochs` epochs. While they are not trained, late and frozen parameters have no
+      weight decay and no moments, like a PyTorch parameter without a gradient.
     late_epochs: see `late`.
   """
 
@@ -42,7 +42,7 @@ def warmup_cosine(
   """Linear from 0 over the warm-up, then a half cosine to `end` (learning_rate_schedule in the official SimCLR).
 
   With W warm-up steps of T: peak t / W for t < W, then end + (peak - end) (1 + cos(pi (t - W) / (T - W))) / 2.
-  `inclusive` warms up by t / (W - 1), as the official DINO does: its last warm-up step has the peak already.
+  `inclusive` warms up by t / (W - 1), as the official DINO does: its last warm-up step already has the peak rate.
 
   Raises:
     UserError: the warm-up is not shorter than the run.
@@ -67,7 +67,7 @@ def cosine_between(start: float, end: float, steps: int) -> optax.Schedule:
 def make_schedule(lr: Any, batch_size: int, steps: int, steps_per_epoch: int) -> optax.Schedule:
   """The learning rate that a recipe's section `lr` describes.
 
-  Its keys: base, scaling (see `scaled_learning_rate`), warmup_epochs, end; and where a recipe has them, `inclusive`
+  Its keys: base, scaling (see `scaled_learning_rate`), warmup_epochs, end; and optionally `inclusive`
   (see `warmup_cosine`), `by_epoch` (the rate changes between epochs only: MoCo v2) and `milestones` (epochs at which it
   falls to a tenth, in place of the cosine: MoCo v1).
   """
@@ -102,7 +102,7 @@ def matches(path: Sequence[Any], patterns: Sequence[str]) -> bool:
 
 
 def check_rules(rules: ParameterRules, params: Any) -> None:
-  """Raises UserError if an expression of the recipe matches no parameter: it has a mistake then."""
+  """Raises UserError if an expression of the recipe matches no parameter, which must be a mistake."""
   names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   for key in ("no_decay", "frozen", "late"):
     for pattern in getattr(rules, key):
@@ -195,7 +195,7 @@ def make(
   weight_decay = arguments.get("weight_decay", 0.0)
 
   def build(shift):
-    """The optimizer of parameters that start at step `shift`: its own count starts at 0 there."""
+    """The optimizer of parameters that are trained from step `shift` on, where its own step count is 0."""
     if decay_end is not None:
       decay = cosine_between(weight_decay, decay_end, steps)
       arguments["weight_decay"] = lambda step: decay(step + shift)

@@ -1,4 +1,4 @@
-"""One program for one device or a pod of hosts: the mesh, shardings, and how parts of a batch are put together."""
+"""One program for one device or a pod of hosts: the mesh, shardings, and how parts of a batch are combined."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax.methods.base import AXIS, Aux, Monitored
 
-MONITORED = 256  # about so many examples' embeddings are monitored where a batch has more
-SMALLEST_SPLIT = 2**14  # entries: a collective of its own would cost more than the memory of smaller arrays is worth
+MONITORED = 256  # the approximate number of examples to which larger batches are subsampled for the monitors
+SMALLEST_SPLIT = 2**14  # entries; for smaller arrays the extra collective costs more than the saved memory is worth
 
 
 def make_mesh() -> Mesh:
-  """All devices of all processes on one axis, a process's own side by side: it has a contiguous part of each batch."""
+  """All devices of all processes on one axis, each process's adjacent: it has a contiguous part of each batch."""
   return Mesh(np.array(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of the state: whole on every device."""
+  """The sharding of the state: a full copy on every device."""
   return NamedSharding(mesh, P())
 
 
@@ -33,7 +33,7 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def put_split(mesh: Mesh, tree: Any) -> Any:
-  """Arrays that every process has whole, as global arrays whose first axis is split over the devices."""
+  """Arrays that every process has in full, as global arrays whose first axis is split over the devices."""
   return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, split(mesh), lambda at: x[at]), tree)
 
 
@@ -48,7 +48,7 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def sharded(tree: Any, mesh: Mesh) -> Any:
-  """The shapes of a tree, each large array split over the devices along its last axis that divides."""
+  """The shapes of a tree, each large array split over the devices along the last axis that they divide evenly."""
 
   def split_last(x):
     axes = [i for i, size in enumerate(x.shape) if x.size >= SMALLEST_SPLIT and size % mesh.size == 0]
@@ -64,7 +64,7 @@ def bytes_a_device(tree: Any) -> int:
 
 
 def mean_part(x: jax.Array, spec: P) -> jax.Array:
-  """The mean over devices of what each has whole; of it, this device's part where `spec` splits it."""
+  """The mean over devices; where `spec` splits the array, only this device's part of it (reduce-scatter)."""
   if AXIS not in spec:
     return lax.pmean(x, AXIS)
   return lax.psum_scatter(x, AXIS, scatter_dimension=spec.index(AXIS), tiled=True) / lax.axis_size(AXIS)
@@ -81,11 +81,11 @@ def compile_map(function: Callable, mesh: Mesh) -> Any:
 
 
 def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Callable:
-  """Makes `gradient(images, positions) -> (gradients, Aux)` of a separable loss run one microbatch after the other.
+  """Gradient accumulation over microbatches for `gradient(images, positions) -> (gradients, Aux)` of a separable loss.
 
   Gradients, metrics and averages are averaged over the chunks, examples concatenated: for a loss that is a mean over
-  its examples the same as all at once, but that batch norm normalises within a chunk. `microbatch` is counted over all
-  devices; None: all at once.
+  its examples the same as all at once, except that batch norm normalises within a chunk. `microbatch` is counted over
+  all devices; None: all at once.
   """
   if microbatch is None:
     return gradient
@@ -110,10 +110,10 @@ def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Ca
 
 
 def combine(aux: Aux, axis_name: str) -> Aux:
-  """Combines what each device's loss handed on: averages by pmean, examples by concatenation in global order.
+  """Combines the `Aux` of all devices: averages by pmean, examples by concatenation in global order.
 
-  Of a batch of at least twice `MONITORED` examples, fewer than twice that many embeddings are gathered, evenly spaced,
-  and at least one a device: the monitors are estimates, and all of them would be gathered at every step.
+  A batch of at least twice `MONITORED` examples is subsampled at even spacing to fewer than twice that many embeddings,
+  and at least one per device: the monitors are estimates, and the embeddings are gathered at every step.
   """
   averaged, (examples, embedding) = _by_kind(aux)
   if embedding is not None:

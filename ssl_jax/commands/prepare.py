@@ -6,9 +6,9 @@
   python -m ssl_jax prepare imagenet2012 --data_dir=D --from=FOLDER [--val_labels=FILE]
   python -m ssl_jax prepare fashion_mnist --data_dir=D [--from=FOLDER]
 
-writes D/NAME/1.0.0 from what `data/sources.py` describes. It is written in a folder beside it that gets its name at the
-end, so a run that was killed leaves nothing that looks finished. The next run goes on where it stopped: manifest.json
-lists the finished shards and their checksums. A later run checks them, and writes those again that are damaged.
+writes D/NAME/1.0.0 from what `data/sources.py` describes. It is written to a folder beside it that is renamed at the
+end, so that a killed run leaves nothing that looks finished. The next run resumes it: manifest.json lists the finished
+shards and their checksums. A later run checks them, and writes damaged ones again.
 skipped.txt lists the images that could not be read.
 """
 
@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, int | None]] = {
 
 
 def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_bytes: int = 256 << 20) -> pathlib.Path:
-  """Writes `data_dir/name/1.0.0`, or what of it is missing or damaged, and prints what is there then.
+  """Writes `data_dir/name/1.0.0`, or the parts of it that are missing or damaged, and prints a summary.
 
   Args:
     source: what to write.
@@ -54,7 +54,7 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
     The folder written.
 
   Raises:
-    UserError: the folder holds something else, another run writes it, or a split has no image that can be read.
+    UserError: the folder holds something else, another run is writing it, or a split has no image that can be read.
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _finish_shards(source, name, work, print_of_source, shard_bytes):
-  """Writes the shards that are missing or damaged. Returns the manifest's entries, of all."""
+  """Writes the shards that are missing or damaged. Returns the manifest's entries of all shards."""
   manifest = _read_manifest(work)
   if manifest is None or manifest["source"] != print_of_source:
     manifest = {"source": print_of_source, "shards": []}
@@ -165,7 +165,7 @@ def _finish_shards(source, name, work, print_of_source, shard_bytes):
       _write_manifest(work, manifest)
     if not finished:
       raise UserError(f"none of the images of the split {split!r} can be read, or there are none: check the source.")
-    for i, entry in enumerate(finished):  # Only now is their number known, a part of TFDS's names.
+    for i, entry in enumerate(finished):  # TFDS's names contain the number of shards, known only now.
       entry["file"] = f"{pattern.format(i)}-of-{len(finished):05d}"
   _write_manifest(work, manifest)
   _rename_shards(work, kept)
@@ -173,7 +173,7 @@ def _finish_shards(source, name, work, print_of_source, shard_bytes):
 
 
 def _rename_shards(work, entries):
-  """Gives shards the names that the manifest has for them already."""
+  """Renames shards to the names that the manifest already has for them."""
   for entry in entries:
     started = work / entry["file"].split("-of-")[0]
     if started.exists():
@@ -185,7 +185,7 @@ def _write_shards(
 ) -> Iterator[dict[str, Any]]:
   """Writes the shards of a split from item `first` on, and yields the manifest's entry of each once it is on the disk.
 
-  An entry depends on the items from its own first one on alone, so that a shard may be written again.
+  An entry depends only on the items from its own first one on, so that a shard can be written again.
   """
   features = source.features(None)
   progress = _Progress(split)
@@ -230,10 +230,10 @@ def _finished(work, entry, last):
   with open(path, "rb") as file:
     os.fsync(file.fileno())
   try:
-    reader = array_record_module.ArrayRecordReader(str(path))  # The writer says nothing of a full disk.
+    reader = array_record_module.ArrayRecordReader(str(path))  # The writer does not report a full disk.
     written = reader.num_records()
     reader.close()
-  except Exception:  # It raises what it likes.
+  except Exception:  # It can raise any exception.
     written = 0
   if written != entry["records"]:
     raise OSError(f"{path}: {written} of {entry['records']} records were written. Is the disk full?")
@@ -270,7 +270,7 @@ def _write_metadata(source, name, work, entries):
 
 
 def _read_manifest(folder):
-  """None where there is none, or none of ours."""
+  """The manifest; None where there is none, or one that this command did not write."""
   try:
     manifest = json.loads((folder / "manifest.json").read_text())
     return manifest if {"source", "shards"} <= manifest.keys() else None

@@ -1,4 +1,4 @@
-"""One image file, of whatever kind people's folders hold, as an array of bytes."""
+"""Decodes an image file of any of the kinds that users' folders hold, to a uint8 array."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-MAX_PIXELS = 178_956_970  # where Pillow too sees an attack
+MAX_PIXELS = 178_956_970  # above it Pillow too reports a decompression bomb
 
 _READERS = (
   (rb"\xff\xd8\xff", JpegImageFile),
@@ -37,9 +37,9 @@ class ImageError(ValueError):
 
 
 class _Muted(threading.local):
-  """A filter of `warnings` that ignores what this thread warns while it is on.
+  """A filter for `warnings` that ignores this thread's warnings while it is on.
 
-  `warnings.catch_warnings` exchanges the filters of all threads, and puts old ones back if two threads overlap.
+  `warnings.catch_warnings` replaces the filters of all threads, and restores outdated ones if two threads overlap.
   """
 
   on = False
@@ -50,7 +50,7 @@ class _Muted(threading.local):
 
 
 _muted = _Muted()
-_MUTE: Any = ("ignore", _muted, Warning, None, 0)  # `warnings` asks `match` whether the text is meant.
+_MUTE: Any = ("ignore", _muted, Warning, None, 0)  # `warnings` calls `match` on the text.
 
 
 def read_image(source: str | os.PathLike | bytes, channels: int = 3) -> np.ndarray:
@@ -62,20 +62,20 @@ def read_image(source: str | os.PathLike | bytes, channels: int = 3) -> np.ndarr
   - 16 bits become 8 by v >> 8. Wider integers are clipped to [0, 65535] first.
   - Floats are scaled by 255 if none is above 1, and clipped to [0, 255]. NaN is an error.
   - The EXIF orientation is applied. EXIF data that cannot be read is ignored, and so are colour profiles.
-  - Of an animation or of several pages, the first counts.
+  - Of an animation or of several pages, the first is used.
   - More than `MAX_PIXELS` pixels are an error, found in the header.
 
   Args:
     source: a path, or the bytes of a file.
     channels: 3 is RGB (grey repeated). 1 is grey (colours to ITU-R 601 luma, as Pillow's mode L). Any other number
-      takes only images of exactly so many channels, as they are: grey with alpha, RGBA, CMYK, or the pages of a
+      accepts only images of exactly that many channels, as they are: grey with alpha, RGBA, CMYK, or the pages of a
       TIFF, if all are grey and of one size and depth.
 
   Returns:
-    uint8 [H, W, channels], maybe read-only.
+    uint8 [H, W, channels], possibly read-only.
 
   Raises:
-    ImageError: for whatever is wrong with the file. Nothing else is raised or warned of.
+    ImageError: for any problem with the file. It raises no other exception and no warning.
   """
   return read_reduced(source, channels, math.inf)[0]
 
@@ -84,12 +84,12 @@ def read_reduced(source: str | os.PathLike | bytes, channels: int, least: float)
   """`read_image`, but a JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 that has at least `least` pixels.
 
   Returns:
-    uint8 [h, w, channels], maybe read-only, and the height and width of the whole image. Sides are rounded up.
+    uint8 [h, w, channels], possibly read-only, and the height and width of the whole image. Sides are rounded up.
 
   Raises:
     ImageError: as `read_image`.
   """
-  path = source if isinstance(source, bytes) else os.fspath(source)  # What is no path is not the file's fault.
+  path = source if isinstance(source, bytes) else os.fspath(source)  # A wrong type is the caller's error: a TypeError.
   filters: Any = warnings.filters
   if filters[:1] != [_MUTE]:
     filters.insert(0, _MUTE)
@@ -99,10 +99,10 @@ def read_reduced(source: str | os.PathLike | bytes, channels: int, least: float)
       return _decode(file, channels, least)
   except ImageError:
     raise
-  except PIL.Image.DecompressionBombError as error:  # WebP's and GIF's plugins look before they tell the size.
+  except PIL.Image.DecompressionBombError as error:  # WebP's and GIF's plugins check before they give the size.
     raise ImageError(f"too large: {error}") from error
-  except Exception as error:  # Pillow raises what it likes on damaged bytes.
-    if isinstance(error, OSError) and error.strerror:  # The system's: no such file, is a directory, ...
+  except Exception as error:  # Pillow can raise any exception on damaged bytes.
+    if isinstance(error, OSError) and error.strerror:  # The operating system's: no such file, is a directory, ...
       raise ImageError(error.strerror.lower()) from error
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     raise ImageError(f"truncated, damaged or of an unknown kind ({reason})") from error
@@ -118,24 +118,24 @@ def _decode(file: BinaryIO, channels: int, least: float) -> tuple[np.ndarray, tu
   if reader is None:
     raise ImageError("not an image: no JPEG, PNG, GIF, WebP, BMP or TIFF")
   file.seek(0)
-  image = reader(file)  # PIL.Image.open would know many more formats, and run Ghostscript for one of them.
+  image = reader(file)  # PIL.Image.open would accept many more formats, and run Ghostscript for one of them.
   if image.width * image.height > MAX_PIXELS:
     raise ImageError(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS}")
   width, height = image.size
-  if reader is JpegImageFile:  # Below n * n pixels the reduced sides would not tell n.
+  if reader is JpegImageFile:  # With shorter sides the reduced size would not determine n.
     fits = (n for n in (8, 4, 2) if -(-width // n) * -(-height // n) >= least and min(image.size) > n * n)
     if parts := next(fits, None):
       image.draft(None, (width // parts, height // parts))
   image.load()
   try:
-    turn = image.getexif().get(PIL.ExifTags.Base.Orientation)  # None for a TIFF: `load` has turned it.
+    turn = image.getexif().get(PIL.ExifTags.Base.Orientation)  # None for a TIFF: `load` has applied it.
   except Exception:
     turn = None
   if reader is PngImageFile and image.mode in ("L", "RGB") and "transparency" in image.info:
-    scale = {2: 85, 4: 17, 16: 1 / 256}.get(start[24], 1)  # Pillow scales the pixels, but not what is compared to them.
+    scale = {2: 85, 4: 17, 16: 1 / 256}.get(start[24], 1)  # Pillow scales the pixels, but not the transparent value.
     key = (np.asarray(image.info["transparency"]) * scale).astype(int).tolist()
     image.info["transparency"] = tuple(key) if image.mode == "RGB" else key
-  if image.mode in ("La", "PA"):  # grey times alpha; a palette beside alpha
+  if image.mode in ("La", "PA"):  # grey premultiplied by alpha; palette with alpha
     image = image.convert("LA" if image.mode == "La" else "RGBA")
   if channels not in (1, 3):
     paged = reader is TiffImageFile and image.mode in _GREY
@@ -153,7 +153,7 @@ def _decode(file: BinaryIO, channels: int, least: float) -> tuple[np.ndarray, tu
       pages.append(np.asarray(image))
     values = np.stack(pages, axis=-1)
     pixels = _to_uint8(values)
-    key = image.info.get("transparency")  # The one level that a PNG or GIF makes transparent.
+    key = image.info.get("transparency")  # The grey level that a PNG or GIF marks as transparent.
     if key is not None:
       pixels = np.where(values == key, np.uint8(255), pixels)
     if channels == 3:
@@ -175,7 +175,7 @@ def _decode(file: BinaryIO, channels: int, least: float) -> tuple[np.ndarray, tu
     pixels = pixels[:, ::-1]
   if turn in (3, 4, 7, 8):
     pixels = pixels[::-1]
-  if reader is not JpegImageFile:  # `load` turns a TIFF.
+  if reader is not JpegImageFile:  # `load` rotates a TIFF.
     height, width = pixels.shape[:2]
   return np.ascontiguousarray(pixels), (height, width)
 

@@ -26,7 +26,7 @@ _ARCHIVES = {
   "cifar100": "--from=cifar-100-python.tar.gz",
   "imagenet2012": "--from=FOLDER --val_labels=FILE",
 }
-_READ_AT_ONCE = 1024  # One call a record would cost three times the time.
+_READ_AT_ONCE = 1024  # One call per record takes three times as long.
 
 
 def load(
@@ -41,7 +41,7 @@ def load(
   """Opens a split of any image data set that TFDS has prepared in ArrayRecord form.
 
   The feature `image` must be a uint8 `tfds.features.Image`, or a `Tensor` of one fixed size. The feature
-  `label`, if it is one integer an image, gives the labels.
+  `label`, if it is one integer per image, gives the labels.
 
   Args:
     name: `"cifar10"`, `"cifar10:3.0.2"`, `"name/config"` or `"name/config:1.0.0"`. Without a version, the
@@ -51,7 +51,7 @@ def load(
       `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
     channels: 3 (grey images are repeated) or 1 (colours become ITU-R 601 luma, rounded as Pillow's mode L).
     max_bytes: the largest array to allocate.
-    reading: how they are decoded where they are read one by one.
+    reading: how images are decoded where they are streamed.
 
   Returns:
     Dataset, in the order on disk: `InMemory` where the images are of one size and fit in `max_bytes`, and `Streamed`
@@ -59,7 +59,7 @@ def load(
 
   Raises:
     UserError: the set, the version or the split is not there, is not in ArrayRecord form, was not prepared to
-      the end, is empty, or is of arrays that do not fit in `max_bytes`. Each names the way out.
+      the end, is empty, or is of arrays that do not fit in `max_bytes`. Each message says what to do.
   """
   check_channels(channels)
   builder, prepare = _find(name, data_dir)
@@ -67,7 +67,7 @@ def load(
   height, width = _image_size(builder, name)
   check_files(builder, split, prepare)
   label = dict(builder.info.features.items()).get("label")
-  # Class labels are scalars too. What is no integer (a caption, a list) is no class to count neighbours by.
+  # A ClassLabel is an integer scalar too. Other types (a caption, a list) are not classes that a k-NN can predict.
   labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
   needed = n * height * width * channels if height and width else math.inf
@@ -109,7 +109,7 @@ class Records:
     channels: of the arrays, see `read_image`.
     labelled: whether the feature `label` is a class.
     size: number of images.
-    indices: which of the split's they are; None: all.
+    indices: their indices in the split; None: all.
   """
 
   folder: str
@@ -131,7 +131,7 @@ class Records:
   def encoded(self, i: int) -> bytes:
     try:
       return self.source[self.place(i)]["image"]
-    except Exception as error:  # ArrayRecord and protobuf raise what they like on damaged bytes.
+    except Exception as error:  # ArrayRecord and protobuf can raise any exception on damaged bytes.
       raise ImageError(f"damaged record ({_brief(error)})") from error
 
   def label(self, i: int) -> int:
@@ -153,7 +153,7 @@ class Records:
     builder = open_prepared(pathlib.Path(self.folder))
     return builder.as_data_source(self.split, decoders=decoders, file_format="array_record")
 
-  def __reduce__(self) -> Any:  # Readers are opened anew in each process.
+  def __reduce__(self) -> Any:  # Each process opens readers of its own.
     return Records, (self.folder, self.split, self.channels, self.labelled, self.size, self.indices)
 
 
@@ -165,7 +165,7 @@ def open_prepared(folder: pathlib.Path, prepare: str = "prepare it again") -> An
     prepare: how to prepare it again, for the error texts.
 
   Returns:
-    tfds.core.DatasetBuilder. Whether its record files are there is `check_files`'s question.
+    tfds.core.DatasetBuilder. `check_files` checks whether its record files are there.
 
   Raises:
     UserError: the metadata is missing or cannot be read.
@@ -246,7 +246,7 @@ def _find(name, data_dir):
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
-  """The line that prepares `name`, for an error text: ours where there is one, else TFDS's with TensorFlow."""
+  """The command that prepares `name`, for an error text: this package's if it has one, else TFDS's with TensorFlow."""
   if name in ("fashion_mnist", "fashion_mnist_mini"):
     return f"prepare it: python -m ssl_jax prepare {name} --data_dir={shlex.quote(str(data_dir))}"
   if name in _ARCHIVES:
@@ -320,21 +320,21 @@ def _image_size(builder, name):
 def _decoded(builder, split, n, channels, prepare):
   """Yields (pixels uint8 [h, w, channels], example) for the n examples of a split, in the order on disk."""
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
-  # Pillow decodes below, without TFDS's warning about OpenCV and its detours.
+  # Pillow decodes below, which avoids TFDS's own decoding and its warning about OpenCV.
   decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
   try:
     source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
     for start in range(0, n, _READ_AT_ONCE):
       for example in source.__getitems__(list(range(start, min(start + _READ_AT_ONCE, n)))):
         yield _pixels(example["image"], channels), example
-  except Exception as error:  # ArrayRecord, protobuf and Pillow raise what they like on damaged bytes.
+  except Exception as error:  # ArrayRecord, protobuf and Pillow can raise any exception on damaged bytes.
     raise UserError(f"{builder.data_dir} holds damaged records ({_brief(error)}). Delete it and {prepare}") from error
 
 
 def _pixels(value, channels):
   """An encoded image, or a uint8 array [h, w] or [h, w, c], as uint8 [h, w, channels]."""
   if isinstance(value, bytes):
-    return read_image(value, channels)  # as where they are streamed
+    return read_image(value, channels)  # decoded as in streaming
   return to_pixels(PIL.Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value), channels)
 
 

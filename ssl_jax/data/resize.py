@@ -1,4 +1,4 @@
-"""Crops that are resized with Pillow's numbers, in a third of Pillow's time."""
+"""Crops and resizes with exactly Pillow's results, in a third of Pillow's time."""
 
 import math
 import threading
@@ -6,16 +6,16 @@ import threading
 import numba
 import numpy as np
 
-_BITS = 22  # after a weight's binary point: of 32, eight are the pixel's and two are for signs and overshoots
-_ROWS = 64  # are transposed at a time: few enough to stay in the cache
+_BITS = 22  # fractional bits of a weight: of 32, eight are for the pixel and two for signs and overshoots
+_ROWS = 64  # rows that are transposed at a time, few enough to stay in the cache
 _mending = threading.Lock()
 
 
 def _kept(function):
-  """`function` compiled, and kept on disk from one process to the next where that can be written to."""
+  """Compiles `function`, and caches it on disk between processes where a cache folder can be written."""
   try:
     return numba.njit(nogil=True, cache=True)(function)
-  except RuntimeError:  # neither beside this file nor in the user's cache
+  except RuntimeError:  # neither this file's folder nor the user's cache is writable
     return numba.njit(nogil=True)(function)
 
 
@@ -24,14 +24,14 @@ def resized_crop(
 ) -> np.ndarray:
   r"""Cuts `box` out and resizes it, antialiased: bit for bit Pillow's `crop`, then `resize`.
 
-  The rows come first where the height loses more than twice as many pixels as the width (Pillow 13), else the columns.
-  Each time, of :math:`l` pixels from :math:`a` on, :math:`n` are made and rounded to uint8:
+  The height is resized first where it loses more than twice as many pixels as the width (Pillow 13), else the width.
+  Each pass makes :math:`n` pixels of the :math:`l` pixels from :math:`a` on, rounded to uint8:
 
   .. math:: y_i = \lfloor \tfrac12 + \sum_j w_{ij} x_j \rfloor \text{ in } [0, 255], \quad
     w_{ij} \propto f \left( \frac{j + 1/2 - a - (i + 1/2) \, l / n}{\max(1, l / n)} \right), \quad \sum_j w_{ij} = 1
 
   with the weights rounded to 22 bits. f is the triangle :math:`1 - |t|`, or Keys' cubic with a = -1/2. No pixel outside
-  of the box counts; where it ends within a pixel, as `resize(box=)` of the least crop that holds it.
+  of the box is used; a box that ends within a pixel gives `resize(box=)` of the smallest crop that contains it.
 
   Args:
     pixels: uint8 [H, W, C].
@@ -58,27 +58,27 @@ def resized_crop(
   if interpolation not in ("bilinear", "bicubic"):
     raise ValueError(f'interpolation must be "bilinear" or "bicubic", got {interpolation!r}.')
   lines = np.ascontiguousarray(pixels).reshape(h, w * c)
-  lines.flags.writeable = False  # One type, or the kernel would be compiled for each.
+  lines.flags.writeable = False  # Numba would compile the kernel again for writeable arrays.
   size = int(size[0]), int(size[1])
   arguments = lines, c, top, left, bottom, right, *size, interpolation == "bicubic"
   try:
     resized = _resized(*arguments)
-  except OSError:  # A full disk: it is compiled, but could not be kept.
+  except OSError:  # A full disk: it is compiled, but could not be cached.
     resized = _resized(*arguments)
-  except Exception:  # What was kept is damaged, as by a power failure.
+  except Exception:  # The cached code is damaged, as by a power failure.
     with _mending:
-      if not _resized.overloads:  # Else another thread has mended it, and may be in it.
-        _resized.recompile()  # forgets what was kept
+      if not _resized.overloads:  # Else another thread has recompiled it, and may be running it.
+        _resized.recompile()  # discards the cached code
       resized = _resized(*arguments)
   return resized.reshape(*size, c)
 
 
 @numba.njit(nogil=True)
 def _taps(start, stop, size, cubic):
-  """Of each of `size` pixels: the first pixel that counts, how many do, and their weights, int32 [size, most]."""
+  """For each of `size` output pixels: its first input pixel, their number, and their weights, int32 [size, most]."""
   edge = math.floor(start)
   length = math.ceil(stop) - edge
-  begin, end = np.float32(start - edge), np.float32(stop - edge)  # as Pillow takes a box
+  begin, end = np.float32(start - edge), np.float32(stop - edge)  # Pillow's box is float32
   scale = float(end - begin) / size
   stretch = max(scale, 1.0)
   reach = (2.0 if cubic else 1.0) * stretch
@@ -108,7 +108,7 @@ def _taps(start, stop, size, cubic):
 
 @numba.njit(nogil=True)
 def _sum(lines, first, skip, weights, sums, out):
-  """Writes to out [n] the weighted sum of lines from `first` on, of each n values from `skip` on."""
+  """Writes to out [n] the weighted sum of the lines from `first` on, n values of each from `skip` on."""
   n = len(out)
   sums[:n] = 1 << (_BITS - 1)  # a half
   for t in range(len(weights)):
@@ -121,7 +121,7 @@ def _sum(lines, first, skip, weights, sums, out):
 
 @numba.njit(nogil=True)
 def _resize_rows(pixels, skip, firsts, counts, weights, out):
-  """To out [h, n], of each row n values from `skip` on."""
+  """Resizes the height to out [h, n], with n values of each row from `skip` on."""
   sums = np.empty(out.shape[1], np.int32)
   for i in range(len(out)):
     _sum(pixels, firsts[i], skip, weights[i, : counts[i]], sums, out[i])
@@ -129,7 +129,7 @@ def _resize_rows(pixels, skip, firsts, counts, weights, out):
 
 @numba.njit(nogil=True)
 def _resize_columns(pixels, skip, c, firsts, counts, weights, out):
-  """To out [h, w * c], of h rows from `skip` on. Transposes, to add up whole lines here too."""
+  """Resizes the width to out [h, w * c], of h rows from `skip` on; transposed, so that it sums whole lines here too."""
   x0, x1 = firsts[0], firsts[-1] + counts[-1]
   lines = np.empty((x1 - x0, _ROWS * c), np.uint8)
   sums, line = np.empty(_ROWS * c, np.int32), np.empty(_ROWS * c, np.uint8)
@@ -149,10 +149,10 @@ def _resize_columns(pixels, skip, c, firsts, counts, weights, out):
 
 @_kept
 def _resized(pixels, c, top, left, bottom, right, height, width, cubic):
-  """Of pixels [H, W * c], as [height, width * c]."""
+  """Crops and resizes pixels [H, W * c] to [height, width * c]."""
   ys, ny, wy = _taps(top, bottom, height, cubic)
   xs, nx, wx = _taps(left, right, width, cubic)
-  y0, y1, x0, x1 = ys[0], ys[-1] + ny[-1], xs[0], xs[-1] + nx[-1]  # what is read
+  y0, y1, x0, x1 = ys[0], ys[-1] + ny[-1], xs[0], xs[-1] + nx[-1]  # the input range
   out = np.empty((height, width * c), np.uint8)
   lost_rows, lost_columns = math.ceil(bottom) - math.floor(top) - height, math.ceil(right) - math.floor(left) - width
   if lost_rows > max(0, 2 * lost_columns):

@@ -46,12 +46,12 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What is written.
+  """A data set to prepare.
 
   Attributes:
-    splits: for each split, `read(start)`: its items from number `start` on, the same ones whenever it is asked.
-    classes: names of the labels; none: no labels.
-    fingerprint: of the input: preparation goes on where it stopped only from the same one.
+    splits: for each split, `read(start)`: its items from number `start` on, the same ones on every call.
+    classes: names of the labels; empty: no labels.
+    fingerprint: identifies the input: an interrupted preparation is resumed only if it has not changed.
     description: a sentence for dataset_info.json.
     size: (height, width) of all images; None where they differ.
     channels: of all images.
@@ -78,13 +78,13 @@ class Source:
 def folder_source(root: pathlib.Path) -> Source:
   """The images that `load_folder` finds.
 
-  The folders train, val and test are the splits where there is one of them (what lies beside them is left out), and
-  everything is "train" otherwise.
-  Classes are numbered over all splits together, by the bytes of their names. A split with an image outside of any class
-  folder has no labels (-1).
+  If there is a folder train, val or test, those folders are the splits and everything beside them is left out;
+  otherwise everything is "train".
+  Classes are numbered over all splits together, in the byte order of their names. A split with an image outside of any
+  class folder has no labels (-1).
 
   Raises:
-    UserError: no folder, no images, or a class whose name a file of names cannot hold.
+    UserError: no folder, no images, or a class whose name label.labels.txt cannot hold.
   """
   if not root.is_dir():
     raise UserError(f"there is no folder {root}: name the folder that holds the images.")
@@ -103,7 +103,7 @@ def folder_source(root: pathlib.Path) -> Source:
   for split, found in names.items():
     for name in found:
       path = roots[split] / name
-      size = path.stat().st_size if path.exists() else -1  # a link that leads nowhere
+      size = path.stat().st_size if path.exists() else -1  # a broken symbolic link
       crc = zlib.crc32(os.fsencode(f"{split}/{name}\0{size}\0"), crc)
 
   def read(split, start):
@@ -121,7 +121,7 @@ def folder_source(root: pathlib.Path) -> Source:
 
 
 def check_image(name: str, encoded: bytes, label: int) -> Item:
-  """JPEG and PNG as they are, other formats as the PNG of what `read_image` makes of them."""
+  """Keeps JPEG and PNG as they are; converts other formats to PNG by `read_image`."""
   try:
     pixels = read_image(encoded)
   except ImageError as error:
@@ -145,7 +145,7 @@ def cifar_source(name: str, source: pathlib.Path) -> Source:
     source: the archive, or the folder that holds it.
 
   Raises:
-    UserError: it is missing or damaged. On reading too: a file of it is not what it should be.
+    UserError: it is missing or damaged. Also while it is read: one of its files has unexpected contents.
   """
   if name == "cifar10":
     archive, inside, meta, key = "cifar-10-python.tar.gz", "cifar-10-batches-py", "batches.meta", "label"
@@ -161,8 +161,8 @@ def cifar_source(name: str, source: pathlib.Path) -> Source:
     try:
       with tarfile.open(path) as tar:
         content = tar.extractfile(f"{inside}/{file}")
-        return load_pickle(content)  # None, a folder, is an error too.
-    except Exception as error:  # A damaged pickle raises what it likes.
+        return load_pickle(content)  # None, which means a folder, is an error too.
+    except Exception as error:  # A damaged pickle can raise any exception.
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
       raise UserError(
         f"{path}: {inside}/{file} cannot be read ({reason}). Download it again from {CIFAR_AT}."
@@ -209,21 +209,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(file: Any) -> dict[str, Any]:
-  """A dictionary of arrays, lists and scalars that Python 2 or 3 pickled. Raises what it likes on other bytes."""
+  """A dictionary of arrays, lists and scalars that Python 2 or 3 pickled. Other bytes can raise any exception."""
   content = _Unpickler(file, encoding="bytes").load()
   return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
 def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> Source:
-  """ImageNet-1k from its two tar files, in their order; labels are the wnids' places in sorted order, as TFDS's are.
+  """ImageNet-1k from its two tar files, in their order; labels are the indices of the sorted wnids, as TFDS's are.
 
   Args:
-    folder: holds ILSVRC2012_img_train.tar and, if there shall be a split "validation", ILSVRC2012_img_val.tar.
-    val_labels: a file with `filename wnid` a line; or one wnid a line, for the images in the order of their names. The
-      path "none" leaves the validation images out. Their tar file itself holds no labels.
+    folder: holds ILSVRC2012_img_train.tar and, for a split "validation", ILSVRC2012_img_val.tar.
+    val_labels: a file with one `filename wnid` per line; or one wnid per line, for the images in the order of their
+      names. The path "none" leaves the validation images out. Their tar file itself holds no labels.
 
   Raises:
-    UserError: a file is missing or not what it should be.
+    UserError: a file is missing or has unexpected contents.
   """
   train, val = folder / _TRAIN_TAR, folder / _VAL_TAR
   if not train.is_file():
@@ -271,7 +271,7 @@ def _members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
   try:
     with tarfile.open(path if file is None else None, "r:", fileobj=file) as tar:
       while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # It would remember a million.
+        tar.members = []  # type: ignore[attr-defined]  # TarFile keeps every member that it has read.
         if member.isfile():
           yield tar, member
   except tarfile.TarError as error:

@@ -1,10 +1,10 @@
-"""What is there for XLA's CPU compiler only: gradients of convolutions and linear layers that it computes well.
+"""Gradients of convolutions and linear layers in a form that XLA's CPU compiler computes fast.
 
 Both functions are JAX's own on every other backend.
 
-- **Convolutions.** XLA's CPU compiler has fast kernels for convolutions in the layout NHWC, HWIO alone, and brings
-  others into it everywhere but in the body of a loop (jax-ml/jax#12868). JAX writes the gradients of a convolution in
-  other layouts, so that with microbatches a step took 20 times as long. Here they are written in that layout.
+- **Convolutions.** XLA's CPU compiler has fast convolution kernels only for the layout NHWC, HWIO, and converts others
+  to it everywhere but in the body of a loop (jax-ml/jax#12868). JAX writes the gradients of a convolution in other
+  layouts, so that with microbatches a step took 20 times as long. Here they are written in that layout.
 - **Linear layers.** XLA's CPU compiler transposes the first factor of the product that is a weight's gradient, and JAX
   puts the output's gradient first. Here the narrower factor comes first, in a transformer's MLP a fourth of the bytes.
 """
@@ -27,10 +27,10 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
     kernel: float [h, w, C, F].
     strides: (vertical, horizontal).
     padding: ((top, bottom), (left, right)), "SAME" or "VALID".
-    settings: the other arguments of `lax.conv_general_dilated`; a CPU needs none of them.
+    settings: the other arguments of `lax.conv_general_dilated`, ignored on a CPU.
 
   Returns:
-    float [b, H', W', F]. On a CPU its gradients are written here, and it has no forward mode (`jax.jvp`).
+    float [b, H', W', F]. On a CPU its gradients are those of this file, and it has no forward mode (`jax.jvp`).
   """
   if jax.default_backend() != "cpu":
     return lax.conv_general_dilated(x, kernel, strides, padding, **settings)
@@ -53,12 +53,12 @@ def _conv_backward(strides, padding, saved, g):
   input_pads, kernel_pads = [], []
   for axis, (stride, (low, _)) in enumerate(zip(strides, padding, strict=True)):
     n, k = x.shape[1 + axis], kernel.shape[axis]
-    spread = (g.shape[1 + axis] - 1) * stride + 1  # the outputs, `stride` apart
+    spread = (g.shape[1 + axis] - 1) * stride + 1  # extent of the outputs, `stride` apart
     input_pads.append((k - 1 - low, n + low - spread))
     kernel_pads.append((low, spread + k - 1 - n - low))
   turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
   dx = lax.conv_general_dilated(g, turned, (1, 1), input_pads, lhs_dilation=strides, dimension_numbers=_LAYOUT)
-  # Channels take the place of examples, and examples that of channels.
+  # The kernel's gradient is a convolution with the axes of examples and channels swapped.
   channels, outputs = jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3))
   dk = lax.conv_general_dilated(channels, outputs, (1, 1), kernel_pads, rhs_dilation=strides, dimension_numbers=_LAYOUT)
   return dx, jnp.transpose(dk, (1, 2, 0, 3))
@@ -74,11 +74,11 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **setti
     x: float [..., d].
     kernel: W, float [d, f], of the same type.
     dimension_numbers: of that product.
-    settings: the other arguments of `lax.dot_general`; a CPU needs none of them.
+    settings: the other arguments of `lax.dot_general`, ignored on a CPU.
 
   Returns:
-    float [..., f]. On a CPU its gradients are written here, g W^T and x^T g summed over the leading axes, and it has no
-    forward mode (`jax.jvp`).
+    float [..., f]. On a CPU its gradients are those of this file, g W^T and x^T g summed over the leading axes, and it
+    has no forward mode (`jax.jvp`).
   """
   if jax.default_backend() != "cpu":
     return lax.dot_general(x, kernel, dimension_numbers, **settings)
@@ -104,7 +104,7 @@ def _linear_backward(saved, g):
   dx = _contract(g, kernel, (g.ndim - 1,), (1,))
   if x.shape[-1] < g.shape[-1]:
     return dx, _contract(x, g, rows, rows)
-  # Without the barrier XLA would turn this into the other product again.
+  # Without the barrier XLA would rewrite this as the other product, x^T g.
   return dx, lax.optimization_barrier(_contract(g, x, rows, rows)).T
 
 

@@ -20,7 +20,7 @@ Dense = functools.partial(nn.Dense, dot_general=dot_general)
 
 
 def layer_norm(dtype: Any, recompute: bool, name: str | None = None) -> nn.Module:
-  """The transformers' layer norm; `recompute`: computed again in the backward pass."""
+  """The transformers' layer norm; `recompute`: rematerialised in the backward pass."""
   kind = nn.remat(nn.LayerNorm) if recompute else nn.LayerNorm
   return kind(1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -63,9 +63,9 @@ class ViT(nn.Module):
     token_init: of the class token.
     frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
     features: see above.
-    recompute: compute layer norms and GELUs again in the backward pass, from inputs that are kept anyway. What they
-      would keep besides is a third of a training step's memory, and on a bandwidth-bound device writing and reading it
-      costs about what these few elementwise operations cost.
+    recompute: rematerialise layer norms and GELUs in the backward pass, from inputs that are stored anyway. Their other
+      residuals are a third of a training step's memory, and on a bandwidth-bound device writing and reading them costs
+      about what these few elementwise operations cost.
     dtype: of the computation; parameters stay float32.
   """
 

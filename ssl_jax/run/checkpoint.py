@@ -22,7 +22,7 @@ from ssl_jax.run import cluster, log
 
 
 class _Best(NamedTuple):
-  """Keeps the checkpoint with the best k-NN, by the run's own rows: Orbax forgets its metrics where a run goes on."""
+  """Keeps the checkpoint with the best k-NN by metrics.jsonl: Orbax loses its own metrics when a run is resumed."""
 
   rows: pathlib.Path
 
@@ -34,7 +34,7 @@ class _Best(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-  """Leaves it to `cluster.listen_for_sigterm` to ask JAX for preemption: the steps of old saves would mislead JAX."""
+  """Only `cluster.listen_for_sigterm` asks JAX about preemption: the steps of old saves would mislead JAX."""
 
   def reached_preemption(self, step: int) -> bool:
     del step
@@ -54,7 +54,7 @@ def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 
 def _barrier(*, key, timeout_ms):
-  """Orbax's, but no waiting in the `finally` of a save that failed here: the others wait elsewhere, for this one."""
+  """Orbax's barrier, but skipped in the `finally` of a save that failed here: the others wait for it elsewhere."""
   if error := sys.exc_info()[1]:
     raise error
   ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
@@ -68,7 +68,7 @@ def save(saver: ocp.CheckpointManager, step: int, state: dict[str, Any]) -> None
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-  """Steps of the checkpoint directories that bear a finished one's name, the newest first."""
+  """Steps of the checkpoint directories with the name of a finished one, the newest first."""
   names = [d.name for d in folder.iterdir() if d.is_dir()] if folder.is_dir() else []
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
@@ -76,12 +76,12 @@ def steps(folder: pathlib.Path) -> list[int]:
 def restore_newest(
   folder: pathlib.Path, abstract: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[int, dict[str, Any]] | None:
-  """Restores the newest checkpoint that can be read, on all processes the same.
+  """Restores the newest checkpoint that can be read, the same one on all processes.
 
   Args:
     folder: the checkpoints' folder.
     abstract: tree of `jax.ShapeDtypeStruct` with the shardings to restore to.
-    say: told about each checkpoint that is skipped. Skipped ones are moved to `folder/../damaged`.
+    say: called with a message for each checkpoint that is skipped. Skipped ones are moved to `folder/../damaged`.
 
   Returns:
     (step, state), or None if there is no checkpoint.
@@ -92,7 +92,7 @@ def restore_newest(
   errors: dict[int, str] = {}
   for step in json.loads(cluster.exchange(json.dumps(steps(folder)))[0]):
     state, why = _on_all(_read, folder, step, abstract)
-    if not why:  # What verifies computes on all processes: all of them must have read.
+    if not why:  # Verification computes on all processes: all of them must have read.
       state, why = _on_all(_verified, state)
     if why:
       errors[step] = why
@@ -116,12 +116,12 @@ def restore_newest(
 
 
 def _on_all(function, *args):
-  """(what the function returns, ""), or (anything, why not) where it fails on one of the processes."""
+  """(what the function returns, ""), or (anything, the reason) where it fails on one of the processes."""
   result, why = None, ""
   try:
     with _quiet():
       result = function(*args)
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
+  except Exception as error:  # Orbax and TensorStore raise many types for a damaged file.
     why = first_line(error)
   return result, next(filter(None, cluster.exchange(why)), "")
 
@@ -130,14 +130,14 @@ def restore(folder: pathlib.Path, step: int, abstract: dict[str, Any]) -> dict[s
   """Restores the parts of the checkpoint of `step` that `abstract` names, to the shardings that it has.
 
   Raises:
-    Exception: of many kinds, by Orbax and TensorStore, for files that are damaged or missing.
-    ValueError: an array has another shape or type, or not the bits that were saved.
+    Exception: of many types, by Orbax and TensorStore, for files that are damaged or missing.
+    ValueError: an array has another shape or type, or its bits differ from those that were saved.
   """
   return abstract | _verified(_read(folder, step, abstract))
 
 
 def _read(folder, step, abstract):
-  """The parts with their fingerprints; each process reads what its devices hold, and waits for no other."""
+  """The parts with their fingerprints; each process reads what its devices hold, without waiting for the others."""
   parts = _with_arrays(abstract)
   marks = dict.fromkeys(parts, ocp.RestoreArgs(restore_type=np.ndarray))
   to = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), parts)
@@ -176,32 +176,32 @@ def _with_arrays(state):
 
 
 def first_line(error: Exception) -> str:
-  """What an error of Orbax's says before its pages of detail."""
+  """The first line of an error of Orbax's, without its pages of detail."""
   return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". See full")[0][:200]
 
 
 @contextlib.contextmanager
 def _quiet():
-  """Holds back the hundreds of tracebacks of Orbax's other reads, where one has failed and is told."""
+  """Suppresses the hundreds of tracebacks of Orbax's other reads, where one has failed and is reported."""
   logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
   logger.disabled, sys.unraisablehook = True, lambda _: None
   try:
     yield
   finally:
-    gc.collect()  # Abandoned reads complain when they are collected.
+    gc.collect()  # Abandoned reads log their errors when they are collected.
     logger.disabled, sys.unraisablehook = False, hook
 
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-  """A uint32 of all bits of a tree, computed where its arrays are: TensorStore does not notice a flipped bit."""
+  """A uint32 of all bits of a tree, computed where its arrays are: TensorStore does not detect a flipped bit."""
   total = jnp.uint32(0)
   for leaf in jax.tree.leaves(tree):
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-    place = jnp.uint32(0)  # in row-major order, each device its own part's
+    place = jnp.uint32(0)  # row-major index; each device computes its own part
     for axis, size in enumerate(leaf.shape):
       place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    # Odd weights by place: one changed word always changes the sum, and several do but by rare chance.
+    # Odd weights by position: one changed word always changes the sum, and several almost always do.
     total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
   return total

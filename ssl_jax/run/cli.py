@@ -1,4 +1,4 @@
-"""What the commands share: mistakes and hints in one line, flags, the compilation cache."""
+"""What the commands share: one-line error messages and hints, flags, the compilation cache."""
 
 import glob
 import os
@@ -21,16 +21,16 @@ _LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def say(line: str) -> None:
-  """One line on standard output, at once, so that a log file is as alive as a terminal; from one of the processes."""
+  """Prints one line on standard output, from the main process only; flushed, so that a log file is up to date."""
   if cluster.is_main():
     print(line, flush=True)
 
 
 def large_pages_hint() -> str | None:
-  """How a CPU run gets large pages where Linux gives them only to programs that ask; None: it has them, or cannot.
+  """How a CPU run gets huge pages where Linux gives them only on request (madvise); None: it has them, or cannot.
 
-  XLA takes a step's temporaries anew for each step, and the kernel has to clear them first. glibc (2.35 on) asks for
-  pages of 2 MiB if an environment variable says so when the program starts.
+  XLA allocates a step's temporaries again for each step, and the kernel has to clear them first. glibc (2.35 on)
+  requests pages of 2 MiB if an environment variable says so when the program starts.
   """
   glibc, version = platform.libc_ver()
   able = glibc == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
@@ -44,11 +44,11 @@ def large_pages_hint() -> str | None:
 def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False) -> None:
   """Runs `main() -> exit status` with its flags parsed.
 
-  A user's mistake ends in one line and status 1, Ctrl-C in status 130.
+  A UserError ends in one line and status 1, Ctrl-C in status 130.
 
   Args:
     main: what the command does.
-    recipe: the file that --config means where it is not given.
+    recipe: the default of --config.
     joins: whether the command is started on all hosts of a cluster and works on the devices of all of them.
   """
   if joins:
@@ -60,7 +60,7 @@ def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False)
     timeout = flags.DEFINE_integer("connect_timeout", 300, "seconds to wait for all of them", lower_bound=1)
 
   def wrapped(_):
-    logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax tell a lot at INFO.
+    logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax log a lot at INFO.
     _use_compilation_cache()
     try:
       if joins:
@@ -87,7 +87,7 @@ def _use_compilation_cache():
 
 
 def _parse(argv, recipe):
-  """absl's parsing, with a mistake told in one line."""
+  """Parses flags with absl; a mistake is reported in one line."""
   given = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
   if recipe and not given:
     given, argv = [recipe], [argv[0], f"--config={recipe}", *argv[1:]]

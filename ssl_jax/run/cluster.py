@@ -1,6 +1,6 @@
-"""Several processes as one program: how they find each other, agree, and end together.
+"""Several processes as one program: how they connect, agree, and end together.
 
-Everything here is a no-op, or says what one process says, where there is only one.
+With a single process everything here is a no-op, or returns that process's own answer.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from jax.experimental import multihost_utils
 
 from ssl_jax.errors import UserError
 
-HEARTBEAT = 60  # seconds without a sign of life after which JAX ends all the other processes
+HEARTBEAT = 60  # seconds without a heartbeat of one process after which JAX ends all others
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _SEEN_WITHIN = 20.0  # seconds that a shared file system may take to show a file
 
 
 def connect(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
-  """Joins the other processes of this run; alone where none are named and JAX finds no cluster.
+  """Connects to the other processes of this run; a single process where none are given and JAX finds no cluster.
 
-  JAX finds them on Cloud TPU, under SLURM, Open MPI and Kubernetes. Comes before anything else that JAX does.
+  JAX finds them on Cloud TPU, under SLURM, Open MPI and Kubernetes. Must be called before JAX is used in any other way.
 
   Args:
     coordinator_address: HOST:PORT of process 0.
@@ -40,8 +40,8 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
     timeout: seconds to wait for all of them.
 
   Raises:
-    UserError: some of the three are missing or out of range, or the processes have unequal numbers of devices. Where
-      the others do not come in time, the process ends.
+    UserError: some of the three are missing or out of range, or the processes have unequal numbers of devices. If the
+      others do not connect in time, the process exits.
   """
   given: dict[str, Any] = dict(
     coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
@@ -72,9 +72,9 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
   except ValueError as error:
     if len(missing) < 3 or "coordinator_address should be defined" not in str(error):
       raise UserError(f"{where}{error}") from error
-  except RuntimeError as error:  # a port in use, two processes of one number
+  except RuntimeError as error:  # a port in use, two processes with one id
     raise UserError(f"{where}{str(error).splitlines()[0]}") from error
-  else:  # Each process sees them all; with unequal ones JAX's own exchanges would hang.
+  else:  # Each process sees all devices; with unequal numbers JAX's own collectives would hang.
     counts = [sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())]
     if len(set(counts)) > 1:
       raise UserError(f"all processes must have equally many devices; they have {', '.join(map(str, counts))}.")
@@ -83,12 +83,12 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
 
 
 def is_main() -> bool:
-  """Whether this is the process that writes and speaks."""
+  """Whether this is the process that writes files and prints."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def exchange(text: str) -> list[str]:
-  """Every process's text, in order. All processes come here, and so it is also where they wait for each other."""
+  """Every process's text, in order. All processes have to call it, so that it is also a barrier."""
   if jax.process_count() == 1:
     return [text]
   content = np.frombuffer(text.encode(), np.uint8)
@@ -114,7 +114,7 @@ def together(function: Callable[[], Any]) -> Any:
 
 
 def check_alike(facts: dict[str, str]) -> None:
-  """Raises UserError, on all processes, if they do not have the same facts."""
+  """Raises UserError, on all processes, unless `facts` are the same on all of them."""
   if jax.process_count() == 1:
     return
   lines = [text.splitlines() for text in exchange("\n".join(f"{name}={value}" for name, value in facts.items()))]
@@ -135,7 +135,7 @@ def check_shared(folder: pathlib.Path) -> None:
       return
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      for old in folder.glob(".shared_*"):  # of a start that was killed here
+      for old in folder.glob(".shared_*"):  # left by a run that was killed here
         old.unlink()
       proof.touch()
     except OSError as error:
@@ -145,7 +145,7 @@ def check_shared(folder: pathlib.Path) -> None:
   deadline = time.monotonic() + _SEEN_WITHIN
   while not proof.exists() and time.monotonic() < deadline:
     with contextlib.suppress(OSError):
-      os.scandir(folder).close()  # makes NFS look again
+      os.scandir(folder).close()  # makes NFS refresh its cache
     time.sleep(0.2)
   seen = exchange("seen" if proof.exists() else "")
   if is_main():
@@ -159,13 +159,13 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def listen_for_sigterm() -> Callable[[], bool]:
-  """Returns `stopping()`, asked after each step by all processes: whether the run is to end there.
+  """Returns `stopping()`, which all processes call after each step: whether the run is to end there.
 
-  SIGTERM to any one process is enough. Where there is only one, a second SIGTERM ends it at once.
+  SIGTERM to any one process is enough. With a single process, a second SIGTERM ends it at once.
   """
   if jax.distributed.is_initialized():
-    # They end at the number after the highest that any has asked with, which before the first question is 1: with steps
-    # for numbers, a run that goes on from a checkpoint would never come to it.
+    # JAX stops them at the number after the highest that any process has passed, or at 1 before the first call: if the
+    # numbers were training steps, a run that is resumed from a checkpoint would never reach it.
     asked = itertools.count(1)
     return lambda: multihost_utils.reached_preemption_sync_point(next(asked))
   came = []
@@ -181,16 +181,16 @@ def listen_for_sigterm() -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def ending_together(orderly: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-  """Ends this process at once where something goes wrong in it, if others wait for it: so they end as well.
+  """Exits at once on an exception in this process, if there are other processes, so that they end as well.
 
-  They find its connections closed; to leave in order would be to wait for them. `orderly` is what all of them raise.
+  They notice its closed connections; an orderly exit would wait for them. `orderly`: what all of them raise together.
   """
   try:
     yield
   except orderly:
     raise
   except Exception as error:
-    # As OSError, or as one of TensorStore's.
+    # Raised as an OSError, or as one of TensorStore's exceptions.
     full = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
     if full:
       full = f"cannot write: {full}. The last checkpoint is whole: make room, and go on from it by the same command."
