@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax import augment, monitors, parallel
 from ssl_jax.augment import View
-from ssl_jax.methods.base import AXIS, Method
+from ssl_jax.methods.base import AXIS, Method, check_aux, check_update
 
 
 class TrainState(NamedTuple):
@@ -81,6 +81,7 @@ def make_step(
       keys = augment.example_keys(seed, step, positions)
       drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
       (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
+      check_aux(aux, len(positions))
       return grads, aux
 
     # Where the loss is not a mean over examples, the method itself encodes by microbatches.
@@ -88,10 +89,11 @@ def make_step(
     return by_chunks(images, positions)
 
   def update(train, grads, aux):
-    step, params, state, opt_state = train
+    step, params, _, opt_state = train
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    state = method.update(params, state, aux, step)
+    state = method.update(params, train.state, aux, step)
+    check_update(state, train.state)
 
     row = aux.metrics | (monitors.measure(*aux.monitored) if aux.monitored else {})
     row["grad_norm"] = optax.tree.norm(grads)

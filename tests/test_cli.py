@@ -55,3 +55,11 @@ def test_every_command_explains_itself(name):
   done = subprocess.run([sys.executable, "-m", "ssl_jax", name, "--help"], capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 0, done.stderr
   assert f"python -m ssl_jax {name}" in done.stdout and len(done.stdout.splitlines()) < 40
+
+
+def test_a_bug_in_a_config_file_keeps_its_traceback(tmp_path):
+  (tmp_path / "mine.py").write_text("def get_config():\n  return dict() + 1  # a bug\n")
+  command = [sys.executable, str(ROOT / "train.py"), f"--config={tmp_path / 'mine.py'}"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert done.returncode == 1 and "mine.py" in done.stderr and "# a bug\n" in done.stderr
+  assert done.stderr.splitlines()[-1].startswith("TypeError: unsupported operand")

@@ -10,7 +10,8 @@ from programs import equations
 from test_all_methods import SLOW, few_images, slow, small  # noqa: F401
 
 from ssl_jax import build, flops, parallel
-from ssl_jax.methods.base import AXIS
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import AXIS, Monitored, check_update
 
 # How many images of each example the slow copy encodes.
 SLOW_COPIES = {"moco_quickstart": 1, "byol_quickstart": 2, "moco_imagenet:v3": 2, "dino_quickstart": 2}
@@ -55,3 +56,46 @@ def test_a_step_costs_three_passes_of_what_is_trained_and_one_of_the_slow_copy(n
     variables["batch_stats"] = variables["batch_stats"]["encoder"]
   copies = SLOW_COPIES.get(name, 0) * count(encode, variables, views[0][0])
   assert 0 < step <= 3 * forward - 2 * copies
+
+
+def without_loss(value, aux):
+  return value, aux._replace(metrics={"paper": aux.metrics["loss"]})
+
+
+def with_a_vector(value, aux):
+  return value, aux._replace(metrics=aux.metrics | {"per_view": jnp.zeros(2)})
+
+
+def with_views_first(value, aux):
+  return value, aux._replace(monitored=Monitored(jnp.swapaxes(aux.monitored.embedding, 0, 1)))
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    (lambda value, aux: (value, aux.metrics), r"must return \(scalar, Aux\), got dict"),
+    (without_loss, '"loss" among them'),
+    (with_a_vector, r"must be scalars .*'per_view': \(2,\)"),
+    (with_views_first, r"must be \[b, v, d\] with b = 4 examples, got \(2, 4, 128\)"),
+  ],
+)
+def test_a_loss_that_breaks_the_contract_is_told_in_its_words(change, text, mesh, monkeypatch):
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(2))
+  method_of = build.method_of
+
+  def broken(*args):
+    method, encoder = method_of(*args)
+    return method._replace(loss=lambda *given: change(*method.loss(*given))), encoder
+
+  monkeypatch.setattr(build, "method_of", broken)
+  with pytest.raises(TypeError, match=text) as error:
+    build.run(small("quickstart"))
+  assert not isinstance(error.value, UserError)
+
+
+def test_an_update_that_forgets_a_part_of_the_state_is_told():
+  state = {"queue": jnp.zeros((2, 3)), "pointer": jnp.int32(0)}
+  check_update(state, state)
+  for wrong in (None, {"queue": state["queue"]}, state | {"pointer": jnp.float32(0)}):
+    with pytest.raises(TypeError, match="update must return a state like the one it was given"):
+      check_update(wrong, state)

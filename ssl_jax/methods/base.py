@@ -61,6 +61,10 @@ class Loss(Protocol):
     """Returns (scalar to minimise, Aux). Pure; gradients flow to `params` only.
 
     `keys` are typed random keys [b], one per example; `step` is the int32 number of the step, for schedules.
+
+    Each device calls it with its part of the batch, under the axis name that `from_config` received. Statistics of the
+    global batch are collectives over that axis. Gradients are averaged over the devices by `lax.pmean`, so that a mean
+    over examples needs nothing more, and a loss that is already the same on every device has the right gradient too.
     """
     ...
 
@@ -135,6 +139,42 @@ class Context(NamedTuple):
   axis_name: str | None = AXIS
 
 
+class FromConfig(Protocol):
+  def __call__(self, settings: Any, context: Context) -> Method:
+    """Builds the method from a recipe's `method` section: `from_config` of a method's module, which is found by name.
+
+    Raises:
+      UserError: a setting is wrong, or the method does not support the recipe's views or encoder.
+    """
+    ...
+
+
+class MakeEncoder(Protocol):
+  def __call__(self, settings: Any, context: Context) -> nn.Module:
+    """Builds the encoder alone, as training has it, for evaluation: `make_encoder` of a method's module."""
+    ...
+
+
+def check_aux(aux: Any, batch_size: int) -> None:
+  """Raises TypeError, in words, unless a loss's second output is an Aux as the training step needs it."""
+  if not isinstance(aux, Aux):
+    raise TypeError(f"a method's loss must return (scalar, Aux), got {type(aux).__name__} in place of the Aux.")
+  shapes = {name: jnp.shape(x) for name, x in aux.metrics.items()}
+  if "loss" not in shapes or any(shapes.values()):
+    raise TypeError(f'Aux.metrics must be scalars with "loss" among them, got {shapes}.')
+  if aux.monitored is not None:
+    shape = jnp.shape(aux.monitored.embedding)
+    if len(shape) != 3 or shape[0] != batch_size:
+      raise TypeError(f"Aux.monitored.embedding must be [b, v, d] with b = {batch_size} examples, got {shape}.")
+
+
+def check_update(new: Any, old: Any) -> None:
+  """Raises TypeError, in words, unless a method's update returns a state like the one that it was given."""
+  kinds = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x).name), state) for state in (new, old)]
+  if kinds[0] != kinds[1]:
+    raise TypeError(f"a method's update must return a state like the one it was given: {kinds[1]}, got {kinds[0]}.")
+
+
 def check_two_views(name: str, views: Sequence[View]) -> None:
   """Raises UserError unless a recipe has two views of one size."""
   sizes = [view.size for view in views]
@@ -143,9 +183,9 @@ def check_two_views(name: str, views: Sequence[View]) -> None:
 
 
 def check_contrastive(name: str, batch_size: int) -> None:
-  """Raises UserError for a batch of one image, whose loss would have no negatives."""
+  """Raises UserError for a batch of one image, which has nothing to be compared with."""
   if batch_size < 2:
-    raise UserError(f"{name} needs a batch of at least two images for its negatives, got batch_size={batch_size}.")
+    raise UserError(f"{name} needs a batch of at least two images, got batch_size={batch_size}.")
 
 
 def check_positive(settings: Any, *keys: str) -> None:

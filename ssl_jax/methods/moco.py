@@ -145,10 +145,10 @@ def gather(x, axis_name):
 
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MoCo as a recipe's `method` section describes it; its `version` is 1, 2 or 3."""
-  check_two_views("moco", context.views)
-  check_positive(settings, "temperature")
   if settings.version == 3:
     return moco_v3.from_config(settings, context)
+  check_two_views("moco", context.views)
+  check_positive(settings, "temperature")
   if settings.version not in (1, 2):
     raise UserError(f"method.version must be 1, 2 or 3, got {settings.version}.")
   return moco(

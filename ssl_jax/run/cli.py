@@ -105,6 +105,9 @@ def _parse(argv, recipe):
           _fail(f"there is no config key {key!r}; did you mean {configs.nearest_key(config, key)!r}?")
     raise error
   except (flags.Error, TypeError, ValueError) as error:
+    if "Error whilst parsing config file" in str(error):  # ml_collections' text, with the traceback inside
+      config_file, _, version = given[-1].partition(":")
+      runpy.run_path(config_file)["get_config"](*([version] if version else []))  # fails with its own traceback
     _fail(str(error))
 
 
