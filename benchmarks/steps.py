@@ -16,6 +16,7 @@ for the kernel to clear it: a sixth of the time, and any amount on a virtual mac
 import copy
 import functools
 import os
+from typing import NamedTuple
 
 import common
 import jax
@@ -31,10 +32,9 @@ from torch import nn
 
 from ssl_jax import augment, byol, constant_momentum, dino, mae, moco, simclr
 from ssl_jax.augment import View
+from ssl_jax.models import ENCODERS
 from ssl_jax.models.heads import DINOHead, MoCoHead, Projector, SimCLRProjector
 from ssl_jax.models.mae import MAEDecoder
-from ssl_jax.models.resnet import resnet18
-from ssl_jax.models.vit import vit_tiny
 
 JITTER = dict(jitter=(0.4, 0.4, 0.4, 0.1), gray_p=0.2)
 PROTOTYPES = 2048
@@ -42,26 +42,42 @@ LOCAL = 4  # DINO's local crops
 QUEUE = 4096
 DECODER = dict(dim=192, depth=4, heads=3)
 
+
+class Nets(NamedTuple):
+  """The names of the backbones, and the features that they give."""
+
+  resnet: str
+  resnet_dim: int
+  vit: str
+  vit_dim: int
+
+
+SMALL = Nets("resnet18", 512, "vit_tiny", 192)
+LARGE = Nets("resnet50", 2048, "vit_small", 384)  # for accelerators: benchmarks/accelerator.py
+
+
 # ---- ours
 
 
-def our_case(name, size, patch):
+def our_case(name, size, patch, nets=SMALL, dtype=jnp.float32):
   """(method, views) of a case."""
   stem = "small" if size == 32 else "imagenet"
   momentum = constant_momentum(0.99)
   two = 2 * (View(size, **JITTER),)
+  resnet = functools.partial(ENCODERS[nets.resnet], stem=stem, dtype=dtype)
   if name == "simclr":
-    return simclr(resnet18(stem=stem), SimCLRProjector(features=128)), two
+    return simclr(resnet(), SimCLRProjector(features=128, dtype=dtype)), two
   if name == "moco":
     run = dict(queue_size=QUEUE, temperature=0.2, momentum=momentum)
-    return moco(resnet18(stem=stem), MoCoHead(features=128), **run), two
+    return moco(resnet(), MoCoHead(features=128, dtype=dtype), **run), two
   if name == "byol":
-    mlp = functools.partial(Projector, hidden=4096, features=256, hidden_bias=True)
-    return byol(resnet18(stem=stem), mlp(), mlp(), target_momentum=momentum), two
-  encoder = functools.partial(vit_tiny, patch_size=patch, image_size=size)
+    mlp = functools.partial(Projector, hidden=4096, features=256, hidden_bias=True, dtype=dtype)
+    return byol(resnet(), mlp(), mlp(), target_momentum=momentum), two
+  encoder = functools.partial(ENCODERS[nets.vit], patch_size=patch, image_size=size, dtype=dtype)
   if name == "mae":
-    return mae(encoder(positions="column_first"), MAEDecoder(3 * patch**2, **DECODER)), (View(size, scale=(0.2, 1.0)),)
-  head = DINOHead(prototypes=PROTOTYPES)
+    decoder = MAEDecoder(3 * patch**2, **DECODER, dtype=dtype)
+    return mae(encoder(positions="column_first"), decoder), (View(size, scale=(0.2, 1.0)),)
+  head = DINOHead(prototypes=PROTOTYPES, dtype=dtype)
   large, small = View(size, scale=(0.4, 1.0), **JITTER), View(size // 2, scale=(0.05, 0.4), **JITTER)
   return dino(encoder(), head, teacher_temperature=optax.constant_schedule(0.04), teacher_momentum=momentum), (
     *(2 * (large,)),
@@ -69,9 +85,9 @@ def our_case(name, size, patch):
   )
 
 
-def our_step(name, size, patch, batch, inside):
+def our_step(name, size, patch, batch, inside, nets=SMALL, dtype=jnp.float32):
   """(a function that makes one step, number of trained parameters); `inside`: the views are drawn in the step."""
-  method, views = our_case(name, size, patch)
+  method, views = our_case(name, size, patch, nets, dtype)
   optimizer = optax.adamw(1e-4) if patch else optax.sgd(0.01, momentum=0.9)
   images = jnp.asarray(pixels(batch, size))
   keys = augment.example_keys(0, 0, jnp.arange(batch))
@@ -105,15 +121,15 @@ def our_step(name, size, patch, batch, inside):
 class TorchMAE(nn.Module):
   """The official MAE's model on timm's blocks, with fixed positions."""
 
-  def __init__(self, size, patch):
+  def __init__(self, size, patch, nets):
     super().__init__()
     self.patch, length = patch, (size // patch) ** 2
     self.encoder = timm.create_model(
-      "vit_tiny_patch16_224", patch_size=patch, img_size=size, num_classes=0, global_pool=""
+      f"{nets.vit}_patch16_224", patch_size=patch, img_size=size, num_classes=0, global_pool=""
     )
     self.encoder.pos_embed.requires_grad_(False)
     dim = DECODER["dim"]
-    self.embed, self.token = nn.Linear(192, dim), nn.Parameter(torch.zeros(1, 1, dim))
+    self.embed, self.token = nn.Linear(nets.vit_dim, dim), nn.Parameter(torch.zeros(1, 1, dim))
     self.register_buffer("positions", torch.randn(1, 1 + length, dim) * 0.02)
     block = functools.partial(timm.models.vision_transformer.Block, dim, DECODER["heads"], qkv_bias=True)
     self.blocks = nn.Sequential(*(block() for _ in range(DECODER["depth"])))
@@ -124,7 +140,7 @@ class TorchMAE(nn.Module):
     encoder = self.encoder
     tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
     length, d = tokens.shape[1:]
-    shuffle = torch.rand(b, length).argsort(dim=1)
+    shuffle = torch.rand(b, length, device=images.device).argsort(dim=1)
     restore, keep = shuffle.argsort(dim=1), length // 4
     visible = tokens.gather(1, shuffle[:, :keep, None].expand(-1, -1, d))
     cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(b, -1, -1)
@@ -141,8 +157,8 @@ class TorchMAE(nn.Module):
     return (error * mask).sum() / mask.sum()
 
 
-def torch_resnet(size):
-  net = torchvision.models.resnet18()
+def torch_resnet(size, nets):
+  net = getattr(torchvision.models, nets.resnet)()
   net.fc = nn.Identity()
   if size == 32:
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -164,13 +180,14 @@ def follow(slow, net, rate=0.01):
     torch._foreach_lerp_(list(slow.parameters()), list(net.parameters()), rate)
 
 
-def torch_simclr(size):
+def torch_simclr(size, nets):
+  d = nets.resnet_dim
   last_norm = nn.BatchNorm1d(128)
   last_norm.bias.requires_grad_(False)
   head = nn.Sequential(
-    nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128, bias=False), last_norm
+    nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 128, bias=False), last_norm
   )
-  net, criterion = nn.Sequential(torch_resnet(size), head), NTXentLoss(0.1)
+  net, criterion = nn.Sequential(torch_resnet(size, nets), head), NTXentLoss(0.1)
 
   def loss(views):
     return criterion(*net(torch.cat(views)).chunk(2))
@@ -178,22 +195,23 @@ def torch_simclr(size):
   return net, loss, lambda: None
 
 
-def torch_moco(size):
-  head = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
-  net = nn.Sequential(torch_resnet(size), head)
+def torch_moco(size, nets):
+  d = nets.resnet_dim
+  head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, 128))
+  net = nn.Sequential(torch_resnet(size, nets), head)
   slow, criterion = frozen_copy(net), NTXentLoss(0.2, memory_bank_size=(QUEUE, 128))
 
   def loss(views):
     with torch.no_grad():
-      order = torch.randperm(len(views[1]))
+      order = torch.randperm(len(views[1]), device=views[1].device)
       key = slow(views[1][order])[order.argsort()]
     return criterion(net(views[0]), key)
 
   return net, loss, lambda: follow(slow, net)
 
 
-def torch_byol(size):
-  online = nn.Sequential(torch_resnet(size), torch_mlp(512, 4096, 256))
+def torch_byol(size, nets):
+  online = nn.Sequential(torch_resnet(size, nets), torch_mlp(nets.resnet_dim, 4096, 256))
   predictor, target, criterion = torch_mlp(256, 4096, 256), frozen_copy(online), NegativeCosineSimilarity()
 
   def loss(views):
@@ -205,16 +223,16 @@ def torch_byol(size):
   return nn.ModuleList([online, predictor]), loss, lambda: follow(target, online)
 
 
-def torch_mae(size, patch):
-  net = TorchMAE(size, patch)
+def torch_mae(size, nets, patch):
+  net = TorchMAE(size, patch, nets)
   return net, lambda views: net(views[0]), lambda: None
 
 
-def torch_dino(size, patch):
+def torch_dino(size, nets, patch):
   def network():  # weight_norm cannot be copied
     shape = dict(patch_size=patch, img_size=size, num_classes=0, dynamic_img_size=True)
-    backbone = timm.create_model("vit_tiny_patch16_224", **shape)
-    return nn.Sequential(backbone, DINOProjectionHead(192, 2048, 256, PROTOTYPES, norm_last_layer=True))
+    backbone = timm.create_model(f"{nets.vit}_patch16_224", **shape)
+    return nn.Sequential(backbone, DINOProjectionHead(nets.vit_dim, 2048, 256, PROTOTYPES, norm_last_layer=True))
 
   student, teacher, criterion = network(), network().requires_grad_(False), DINOLoss(PROTOTYPES)
   teacher.load_state_dict(student.state_dict())
@@ -232,20 +250,31 @@ def torch_dino(size, patch):
 PEERS = dict(simclr=torch_simclr, moco=torch_moco, byol=torch_byol, mae=torch_mae, dino=torch_dino)
 
 
-def torch_step(name, size, patch, batch, channels_last):
-  """(a function that makes one step, number of trained parameters)."""
-  net, loss, after = PEERS[name](size, patch) if patch else PEERS[name](size)
+def torch_step(name, size, patch, batch, channels_last, nets=SMALL, device="cpu"):
+  """(a function that makes one step, number of trained parameters).
+
+  On a GPU the loss is compiled, in bfloat16 by autocast, and what autocast leaves in float32 may use TF32.
+  """
+  gpu = device != "cpu"
+  with torch.device(device):
+    net, loss, after = PEERS[name](size, nets, patch) if patch else PEERS[name](size, nets)
+  if gpu:
+    torch.set_float32_matmul_precision("high")
+    loss = torch.compile(loss)
   layout = torch.channels_last if channels_last else torch.contiguous_format
   net.to(memory_format=layout)
   parameters = [p for p in net.parameters() if p.requires_grad]
   sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-  optimizer = (functools.partial(torch.optim.AdamW, lr=1e-4) if patch else sgd)(parameters, foreach=True)
+  optimizer = (functools.partial(torch.optim.AdamW, lr=1e-4) if patch else sgd)(
+    parameters, **({"fused": True} if gpu else {"foreach": True})
+  )
   sizes = dict(mae=[size], dino=2 * [size] + LOCAL * [size // 2]).get(name, 2 * [size])
-  views = [torch.rand(batch, 3, s, s).to(memory_format=layout) for s in sizes]
+  views = [torch.rand(batch, 3, s, s, device=device).to(memory_format=layout) for s in sizes]
 
   def call():
     optimizer.zero_grad()
-    value = loss(views)
+    with torch.autocast(device, torch.bfloat16, enabled=gpu):
+      value = loss(views)
     value.backward()
     optimizer.step()
     after()

@@ -111,6 +111,7 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_is_not_lost(cache, tmp_p
   assert [status for status, _ in outputs(running)] == [143, 143]
 
 
+@SLOW
 def test_where_a_process_is_killed_the_others_end_with_a_word(cache, tmp_path):
   workdir = tmp_path / "run"
   running = launch(cache, workdir, steps=20_000)
@@ -222,10 +223,9 @@ def test_what_is_wrong_on_one_process_is_told_by_all(cache, tmp_path):
 
 def test_a_coordinator_that_never_comes_up_is_told_in_time(cache, tmp_path):
   arguments = f"--coordinator_address={address()}", "--num_processes=2", "--connect_timeout=3"
-  for process in 0, 1:
-    began = time.monotonic()
-    out = finish(start(cache, "train.py", tmp_path / "run", *arguments, f"--process_id={process}"), status=1)
-    assert "the others did not come within 3 s" in out.splitlines()[-1] and time.monotonic() - began < 20
+  began = time.monotonic()
+  out = finish(start(cache, "train.py", tmp_path / "run", *arguments, "--process_id=1"), status=1)
+  assert "the others did not come within 3 s" in out.splitlines()[-1] and time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_every_method_has_the_same_numbers_on_every_topology(trained, processes,
   for name in (name.replace(":", "_") for name in [*METHODS, "sharded"]):
     whole = "dino_quickstart" if name == "sharded" else name
     folders = got / name, want / whole
-    a, b = (log.read_rows(folder / "log.jsonl") for folder in folders)
+    a, b = (log.read_rows(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for row, other in zip(a, b, strict=True):
       for key in ("loss", "grad_norm", "knn_top1"):

@@ -107,46 +107,38 @@ def test_another_config_is_refused_with_both_values(unbroken, cache):
   assert checksums(workdir) == before
 
 
-def test_killed_at_several_instants_a_run_ends_bit_for_bit_like_an_unbroken_one(unbroken, cache, tmp_path):
+def test_killed_and_terminated_a_run_ends_bit_for_bit_like_an_unbroken_one(unbroken, cache, tmp_path):
   workdir = tmp_path / "run"
-  for reached in (wait_for_step(0), wait_for_step(6), wait_for_save(12), wait_for_save(16)):
+  for reached, number in (
+    (wait_for_step(0), signal.SIGKILL),
+    (wait_for_save(8), signal.SIGKILL),
+    (wait_for_step(14), signal.SIGTERM),
+  ):
     process = start(cache, "train.py", workdir)
     deadline = time.time() + 120
     while process.poll() is None and not reached(workdir):
       assert time.time() < deadline
       time.sleep(0.0005)
-    process.kill()
-    process.communicate()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+  assert process.returncode in (0, 143) and "saved" in out, out
   out = finish(start(cache, "train.py", workdir))
-  assert "resuming at step" in out
-  assert_same_run(workdir, unbroken[0])
-
-
-def test_sigterm_saves_and_the_run_goes_on_exactly(unbroken, cache, tmp_path):
-  workdir = tmp_path / "run"
-  process = start(cache, "train.py", workdir)
-  while process.poll() is None and not wait_for_step(6)(workdir):
-    time.sleep(0.0005)
-  process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=30)
-  assert process.returncode in (0, 143), out
-  assert "saved" in out
-  finish(start(cache, "train.py", workdir))
+  assert "resuming at step" in out or "complete" in out
   assert_same_run(workdir, unbroken[0])
 
 
 def test_damaged_and_unfinished_checkpoints_are_skipped_with_a_word(unbroken, cache, tmp_path):
-  workdir = tmp_path / "run"
-  finish(start(cache, "train.py", workdir, stop_after_steps=12))
+  workdir = shutil.copytree(unbroken[0], tmp_path / "run")
   folder = workdir / "checkpoints"
-  largest = max((p for p in (folder / "12" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest = max((p for p in (folder / "16" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-  (folder / "16").mkdir()  # a name that promises a checkpoint
-  (folder / "20.orbax-checkpoint-tmp-0").mkdir()
-  (folder / "20.orbax-checkpoint-tmp-0" / "garbage").write_text("x")
+  shutil.rmtree(folder / "20")
+  (folder / "20").mkdir()  # a name that promises a checkpoint
+  (folder / "24.orbax-checkpoint-tmp-0").mkdir()
+  (folder / "24.orbax-checkpoint-tmp-0" / "garbage").write_text("x")
   out = finish(start(cache, "train.py", workdir))
-  assert "skipped the checkpoint of step 16" in out and "skipped the checkpoint of step 12" in out
-  assert "resuming at step 8" in out
+  assert "skipped the checkpoint of step 20" in out and "skipped the checkpoint of step 16" in out
+  assert "resuming at step 12" in out
   assert_same_run(workdir, unbroken[0])
 
 
@@ -206,15 +198,16 @@ def test_where_no_checkpoint_can_be_read_nothing_is_overwritten(unbroken, cache,
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), 4])
 def test_more_devices_give_the_same_run_and_read_its_checkpoints(unbroken, cache, tmp_path, devices):
-  workdir = tmp_path / "run"
-  finish(start(cache, "train.py", workdir, devices=1, stop_after_steps=8))
+  workdir = shutil.copytree(unbroken[0], tmp_path / "run")
+  for step in (16, 20):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
   out = finish(start(cache, "train.py", workdir, devices=devices))
-  assert f"devices: {devices} x cpu" in out and "resuming at step 8" in out
+  assert f"devices: {devices} x cpu" in out and "resuming at step 12" in out
   got, want = rows(workdir), rows(unbroken[0])
   assert [row["step"] for row in got] == [row["step"] for row in want]
   for a, b in zip(got, want, strict=True):
     if "loss" in a:
-      tolerance = 1e-6 if a["step"] <= 10 else 1e-3  # float32 sums in another order, amplified by Adam step for step
+      tolerance = 1e-6 if a["step"] <= 14 else 1e-3  # float32 sums in another order, amplified by Adam step for step
       np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance)
 
 
@@ -298,13 +291,13 @@ def slow(*case):
   [
     ("train.py", ["--config.sed=1"], "no config key 'sed'; did you mean 'seed'?"),
     slow("train.py", ["--config.optim.lrr=1"], "no config key 'optim.lrr'; did you mean 'optim"),
-    ("train.py", ["--config.method.queue=1"], "no config key 'method.queue'; did you mean"),
+    slow("train.py", ["--config.method.queue=1"], "no config key 'method.queue'; did you mean"),
     ("train.py", ["--config=configs/none.py"], "no config file"),
     slow("train.py", ["--config.epochs=many"], "invalid literal"),
     ("train.py", ["--config.batch_size=600"], "batch_size=600 is more than the 512 images"),
     slow("train.py", ["--config.lr.warmup_epochs=99"], "the warm-up is 792 steps long and the run 20"),
-    ("train.py", ["--config.data.name=fashion_mnist_min"], "Did you mean 'fashion_mnist_mini'?"),
-    ("train.py", ["--config.method.temperature=-1.0"], "temperature must be positive and finite, got -1.0"),
+    slow("train.py", ["--config.data.name=fashion_mnist_min"], "Did you mean 'fashion_mnist_mini'?"),
+    slow("train.py", ["--config.method.temperature=-1.0"], "temperature must be positive and finite, got -1.0"),
     slow("train.py", ["--config.encoder.stem=large"], "encoder.stem must be one of"),
     slow("train.py", ["--config.batch_size=1", "--config.lr.warmup_epochs=0"], "at least two images"),
     ("eval_knn.py", ["--step=3"], "has no checkpoint of step 3; it has"),

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from named_weights import named_images
-from programs import temporaries
 from trajectories import error, named_variables
 
 from ssl_jax import convert
@@ -205,13 +204,14 @@ def test_what_is_computed_again_changes_the_memory_and_not_the_numbers():
   images = jax.random.uniform(ONE, (8, 16, 16, 3))
   found = []
   for recompute in (True, False):
-    model = vit.ViT(patch_size=2, dim=32, depth=2, heads=2, image_size=16, recompute=recompute)
-    params = model.init(ONE, images, train=False)
+    model = vit.ViT(patch_size=2, dim=32, depth=1, heads=2, image_size=16, recompute=recompute)
+    params = jax.jit(functools.partial(model.init, train=False))(ONE, images)
 
     def loss(params, model=model):
       return jnp.sum(jnp.square(model.apply(params, images, train=True)))
 
-    found.append((jax.jit(jax.value_and_grad(loss))(params), temporaries(jax.grad(loss), params)))
+    program = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    found.append((program(params), program.memory_analysis().temp_size_in_bytes))
   (again, less), (kept, more) = found
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), again, kept)
-  assert less < 0.9 * more
+  assert less < 0.95 * more
