@@ -19,11 +19,9 @@ other case begins, and what was left out is told and written; so is what failed,
 
 import concurrent.futures
 import functools
-import importlib.util
 import math
 import multiprocessing
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -34,13 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from common import MIB
 
-from ssl_jax import augment, build, flops, losses, optim, parallel, training
+from ssl_jax import augment, build, flops, losses, parallel
 from ssl_jax import config as configs
 from ssl_jax.evaluation.knn import knn_predict
 from ssl_jax.methods.base import AXIS
 from ssl_jax.models import ENCODERS
 
-IMAGES = 1_281_167  # of ImageNet, for the schedules
 # With batches that fit 80 GB, the least memory first.
 RECIPES = {
   "dino_imagenet": 64,
@@ -121,24 +118,18 @@ def recompute(encoder, recompute, depth, patch, size, batch):
 
 
 def steps(recipe, batch, small):
-  config = load_recipe(recipe)
+  config = common.load_recipe(recipe)
   config.batch_size, config.dtype = batch, compute_dtype()
   if small:
     shrink(config)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (AXIS,))
-  views, steps_per_epoch = configs.views(config), IMAGES // batch
-  length = config.steps or config.epochs * steps_per_epoch
-  learning_rate = optim.make_schedule(config.lr, batch, length, steps_per_epoch)
-  optimizer = optim.make(config.optimizer, configs.parameter_rules(config), learning_rate, length, steps_per_epoch)
-  method = build.method_of(config, length, steps_per_epoch)[0]
-  init = training.make_init(method, optimizer, views, 3, 0)
-  shapes = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
-  step = training.compile_step(training.make_step(method, optimizer, views, 0), shapes, mesh)
-  crops = [np.random.default_rng(0).integers(0, 256, x.shape, np.uint8) for x in augment.crop_shapes(views, batch, 3)]
+  made = build.program(config, mesh, *configs.schedule_length(config, common.IMAGENET))
+  shapes = augment.crop_shapes(configs.views(config), batch, 3)
+  crops = [np.random.default_rng(0).integers(0, 256, x.shape, np.uint8) for x in shapes]
   given = parallel.put_batch(mesh, {"image": tuple(crops)})
   before = peak()
-  program, compile_seconds, jaxpr = compiled(step, shapes, given)
-  state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+  program, compile_seconds, jaxpr = compiled(made.train_step, made.state, given)
+  state = made.init()
 
   def call():
     nonlocal state
@@ -150,15 +141,6 @@ def steps(recipe, batch, small):
   row = dict(compile_s=compile_seconds, ms=1e3 * taken, images_s=batch / taken, tflop=work / 1e12)
   row |= dict(mfu=fastest and work / taken / fastest, temporary_mib=temporary(program))
   return row | dict(peak_mib=after if after != before else None)
-
-
-def load_recipe(name):
-  file, _, version = name.partition(":")
-  path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
-  spec = importlib.util.spec_from_file_location(file, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*([version] if version else []))
 
 
 def shrink(config):

@@ -10,12 +10,23 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import runpy
 import statistics
 import sys
 import time
 
 PACKAGES = ("jax", "jaxlib", "optax", "torch", "torchvision", "lightly", "timm", "numpy", "pillow", "grain")
 MIB = 2**20
+
+
+IMAGENET = 1_281_167  # training images, for the recipes' schedules
+
+
+def load_recipe(name: str):
+  """The config of a recipe: "dino_imagenet", or "mae_imagenet:large" for a version of it."""
+  file, _, version = name.partition(":")
+  path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
+  return runpy.run_path(str(path))["get_config"](*([version] if version else []))
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ docs/pods.md. CPU programs compute bfloat16 in float32 in places, so their tempo
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -19,10 +18,11 @@ import time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=512"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import common
 import jax
 import numpy as np
 
-from ssl_jax import augment, build, optim, parallel, training
+from ssl_jax import augment, build, parallel
 from ssl_jax import config as configs
 from ssl_jax.methods.base import AXIS
 
@@ -41,30 +41,12 @@ KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shapes>.*?) (?P<kind>{KINDS})(?P<start>-start)?\(")
 
 
-def load_recipe(name):
-  file, _, version = name.partition(":")
-  path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
-  spec = importlib.util.spec_from_file_location(file, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*([version] if version else []))
-
-
 def compile_step(config, devices):
   """The training step for streamed images, as train.py compiles it."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
-  views, steps_per_epoch = configs.views(config), 1_281_167 // config.batch_size
-  steps = config.steps or config.epochs * steps_per_epoch
-  learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
-  optimizer = optim.make(config.optimizer, configs.parameter_rules(config), learning_rate, steps, steps_per_epoch)
-  method = build.method_of(config, steps, steps_per_epoch)[0]
-  init = training.make_init(method, optimizer, views, 3, 0)
-  step = training.make_step(method, optimizer, views, 0, config.microbatch)
-  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
-  if config.parallel.shard_state:
-    state = parallel.sharded(state, mesh)
-  batch = parallel.abstract({"image": augment.crop_shapes(views, config.batch_size, 3)}, parallel.split(mesh))
-  return training.compile_step(step, state, mesh).lower(state, batch).compile()
+  made = build.program(config, mesh, *configs.schedule_length(config, common.IMAGENET))
+  crops = augment.crop_shapes(configs.views(config), config.batch_size, 3)
+  return made.train_step.lower(made.state, parallel.abstract({"image": crops}, parallel.split(mesh))).compile()
 
 
 def collectives(text, devices):
@@ -107,7 +89,7 @@ def main():
   rows = []
   for name in args.recipes:
     for devices in args.devices:
-      config = load_recipe(name)
+      config = common.load_recipe(name)
       config.batch_size = args.batch or config.batch_size
       config.encoder.name = args.encoder or config.encoder.name
       config.parallel.shard_state = args.shard_state

@@ -41,6 +41,7 @@ class Run(NamedTuple):
     steps, steps_per_epoch: of the schedules.
     last_step: of this run, which may be stopped earlier.
     learning_rate: the schedule.
+    optimizer: with the schedule inside.
     method, encoder: the method, and its encoder for evaluation.
     init: () -> TrainState, compiled.
     state: the TrainState's shapes, types and shardings.
@@ -63,6 +64,7 @@ class Run(NamedTuple):
   steps_per_epoch: int
   last_step: int
   learning_rate: optax.Schedule
+  optimizer: optax.GradientTransformation
   method: Method
   encoder: nn.Module
   init: Callable[[], TrainState]
@@ -109,22 +111,12 @@ def run(config: Any) -> Run:
   bank, test_set = knn_sets(config, train_set)
 
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set))
-  learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
-  rules = configs.parameter_rules(config)
-  optimizer = optim.make(config.optimizer, rules, learning_rate, steps, steps_per_epoch)
-  method, encoder = method_of(config, steps, steps_per_epoch)
-
-  init = training.make_init(method, optimizer, views, config.data.channels, config.seed)
-  step = training.make_step(method, optimizer, views, config.seed, config.microbatch)
-  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
-  optim.check_rules(rules, state.params)
-  if config.parallel.shard_state:
-    state = parallel.sharded(state, mesh)
-  train_step = training.compile_step(step, state, mesh)
+  made = program(config, mesh, steps, steps_per_epoch)
   shapes = train_set.batch_shapes(views, config.batch_size)
-  program = train_step.trace(state, parallel.abstract(shapes, parallel.split(mesh)))
+  traced = made.train_step.trace(made.state, parallel.abstract(shapes, parallel.split(mesh)))
 
-  extractor = features.Extractor(encoder, eval_view, mesh, config.batch_size)
+  method, state = made.method, made.state
+  extractor = features.Extractor(made.encoder, eval_view, mesh, config.batch_size)
   extractor.trace(method.encoder(state.params, state.state), train_set.channels)
   device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
   return Run(
@@ -138,18 +130,41 @@ def run(config: Any) -> Run:
     steps=steps,
     steps_per_epoch=steps_per_epoch,
     last_step=min(steps, config.stop_after_steps or steps),
-    learning_rate=learning_rate,
-    method=method,
-    encoder=encoder,
-    init=jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state)),
-    state=state,
-    train_step=train_step,
-    flops=flops.count(program.jaxpr),
+    **made._asdict(),
+    flops=flops.count(traced.jaxpr),
     peak=device_peak and device_peak * mesh.size,
     chance=method.chance(config.batch_size) if method.chance else None,
     extractor=extractor,
     painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
   )
+
+
+class Program(NamedTuple):
+  """What a recipe computes with: the fields of `Run` of these names."""
+
+  learning_rate: optax.Schedule
+  optimizer: optax.GradientTransformation
+  method: Method
+  encoder: nn.Module
+  init: Callable[[], TrainState]
+  state: TrainState
+  train_step: Any
+
+
+def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Program:
+  """The method, optimizer and training step of a recipe, for a schedule of this length; no data are needed."""
+  views, rules = configs.views(config), configs.parameter_rules(config)
+  learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
+  optimizer = optim.make(config.optimizer, rules, learning_rate, steps, steps_per_epoch)
+  method, encoder = method_of(config, steps, steps_per_epoch)
+  init = training.make_init(method, optimizer, views, config.data.channels, config.seed)
+  step = training.make_step(method, optimizer, views, config.seed, config.microbatch)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
+  optim.check_rules(rules, state.params)
+  if config.parallel.shard_state:
+    state = parallel.sharded(state, mesh)
+  init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state))
+  return Program(learning_rate, optimizer, method, encoder, init, state, training.compile_step(step, state, mesh))
 
 
 def dataset(config: Any, split: str) -> Dataset:

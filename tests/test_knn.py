@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_all_methods import in_memory
 
+from ssl_jax.augment import EvaluationView
 from ssl_jax.evaluation import accuracy as accuracies
 from ssl_jax.evaluation import knn
 from ssl_jax.evaluation.knn import accuracy, knn_predict
@@ -242,3 +244,28 @@ def test_a_single_class_and_classes_of_one_row_have_an_accuracy():
       assert whole == {"top1": 100, "top5": 100}
       left_out = accuracies.knn_accuracy(features, labels, features, labels, exclude=itself, **settings)
       assert left_out == {"top1": alone, "top5": alone}
+
+
+def test_pixel_baselines_are_the_knn_of_the_pixels_of_both_sets_in_each_form():
+  rng = np.random.default_rng(2)
+  patterns = rng.normal(size=(4, 6, 6, 1)) * np.linspace(0.5, 12, 36).reshape(6, 6, 1)  # of unequal deviations
+  labels = np.arange(120, dtype=np.int32) % 4
+  images = np.clip(150 + patterns[labels] + rng.normal(scale=12, size=(120, 6, 6, 1)), 0, 255).astype(np.uint8)
+  bank, queries = (in_memory(images[part], labels[part]) for part in (slice(80), slice(80, None)))
+  found = accuracies.pixel_baselines(bank, queries, EvaluationView(resize=6, size=6), k=5, temperature=0.07)
+  a, b = (x.images.reshape(len(x), -1) / 255 for x in (bank, queries))
+  for name, mean, std in (
+    ("pixels_top1", 0, 1),
+    ("pixels_centred_top1", a.mean(axis=0), 1),
+    ("pixels_standardised_top1", a.mean(axis=0), a.std(axis=0)),
+  ):
+    scores = knn_predict((a - mean) / std, bank.labels, (b - mean) / std, k=5)
+    assert found[name] == pytest.approx(100 * np.mean(np.argmax(scores, axis=1) == queries.labels))
+  assert len(set(found.values())) == 3  # so that the forms are told apart
+  assert accuracies.pixel_baselines(bank, queries, EvaluationView(resize=96, size=96), k=5, temperature=0.07)
+  large = EvaluationView(resize=112, size=112)
+  assert not accuracies.pixel_baselines(bank, queries, large, k=5, temperature=0.07)
+
+
+def test_guessing_answers_the_banks_most_frequent_class():
+  assert accuracies.guessing(np.array([2, 0, 2, 1]), np.array([2, 2, 0, 1, 1])) == 40

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import augment, build, optim, parallel, training
+from ssl_jax import augment, build
 from ssl_jax import config as configs
 from ssl_jax.models import vit
 
@@ -114,19 +114,9 @@ RECIPES = [
 def test_every_methods_step_is_lowered_for_accelerators(name, backend, on, mesh):
   on(backend)
   config = recipe(name)
-  method = build.method_of(config, 8, 4)[0]
   config.lr.warmup_epochs = 1.0
-  rules, learning_rate = configs.parameter_rules(config), optim.make_schedule(config.lr, config.batch_size, 8, 4)
-  optimizer = optim.make(config.optimizer, rules, learning_rate, 8, 4)
-  views = configs.views(config)
-  devices = mesh(2)
-  init = training.make_init(method, optimizer, views, 3, 0)
-  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(devices))
-  step = training.compile_step(training.make_step(method, optimizer, views, 0), state, devices)
-  text = (
-    step.trace(state, {"image": augment.crop_shapes(views, 64, 3)})
-    .lower(lowering_platforms=(PLATFORMS[backend],))
-    .as_text()
-  )
+  made = build.program(config, mesh(2), 8, 4)
+  traced = made.train_step.trace(made.state, {"image": augment.crop_shapes(configs.views(config), 64, 3)})
+  text = traced.lower(lowering_platforms=(PLATFORMS[backend],)).as_text()
   assert (FUSED in text) == (backend == "gpu" and config.encoder.name.startswith("vit"))
   assert "callback" not in text

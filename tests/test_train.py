@@ -13,8 +13,7 @@ import pytest
 
 import train
 from runs import ROOT, SMALL, assert_same_run, checksums, finish, rows, start, wait_for_save, wait_for_step
-from ssl_jax import build, monitors, optim, training
-from ssl_jax import config as configs
+from ssl_jax import build, monitors, training
 from ssl_jax.errors import UserError
 from ssl_jax.run import checkpoint, log
 
@@ -179,11 +178,7 @@ def configs_of(workdir):
 
 
 def abstract_state(config):
-  optimizer = optim.make(config.optimizer, configs.parameter_rules(config), lambda step: 0.0, 20, 8)
-  method, _ = build.method_of(config, 20, 8)
-  init = training.make_init(method, optimizer, configs.views(config), 1, config.seed)
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init))._asdict()
+  return build.program(config, jax.sharding.Mesh(jax.devices()[:1], ("batch",)), 20, 8).state._asdict()
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_overwritten(unbroken, cache, tmp_path):

@@ -15,8 +15,7 @@ import pytest
 from named_weights import named_weight
 from trajectories import named_variables
 
-from ssl_jax import build, convert, optim, parallel, training
-from ssl_jax import config as configs
+from ssl_jax import build, convert, parallel, training
 from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simclr
 from ssl_jax.models.heads import without_predictor
 
@@ -142,26 +141,18 @@ def test_six_steps_are_pytorchs(run, golden, mesh):
   g = golden("steps")
   with jax.enable_x64(True):
     config = recipe(run)
-    method = build.method_of(config, TOTAL, EPOCH)[0]
-    rules, learning_rate = (
-      configs.parameter_rules(config),
-      optim.make_schedule(config.lr, config.batch_size, TOTAL, EPOCH),
-    )
-    optimizer = optim.make(config.optimizer, rules, learning_rate, TOTAL, EPOCH)
-    views, devices = configs.views(config), mesh(2)
-    shapes = jax.eval_shape(training.make_init(method, optimizer, views, 3, config.seed))
-    optim.check_rules(rules, shapes.params)
-    params, state = started(run, (shapes.params, shapes.state))
+    devices = mesh(2)
+    made = build.program(config, devices, TOTAL, EPOCH)
+    params, state = started(run, (made.state.params, made.state.state))
     before = by_name(params, state)
-    now = training.TrainState(jnp.int32(0), params, state, optimizer.init(params))
+    now = training.TrainState(jnp.int32(0), params, state, made.optimizer.init(params))
     now = jax.device_put(jax.tree.map(jnp.copy, now), parallel.replicated(devices))
-    step = training.compile_step(training.make_step(method, optimizer, views, config.seed), now, devices)
     losses = []
     for t in range(STEPS):
-      now, row = step(now, parallel.put_batch(devices, {"image": g[f"pixels{t}"]}))
+      now, row = made.train_step(now, parallel.put_batch(devices, {"image": g[f"pixels{t}"]}))
       losses.append(float(row["loss"]))
     got = by_name(now.params, now.state)
-    evaluated = method.encoder(now.params, now.state)
+    evaluated = made.method.encoder(now.params, now.state)
   np.testing.assert_allclose(losses, g[f"{run}/loss"], rtol=LOSSES)
   # Evaluated is what the papers evaluate: DINO's teacher, everyone else's trained network.
   network = now.state.teacher_params if run == "dino" else now.params
