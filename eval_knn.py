@@ -39,7 +39,9 @@ def main() -> int:
   try:
     ks = [int(k) for k in K.value]
   except ValueError:
-    raise UserError(f"--k must be numbers with commas between, got {','.join(K.value)!r}.") from None
+    ks = []
+  if not ks or min(ks) < 1:
+    raise UserError(f"--k must be whole numbers from 1 on with commas between, got {','.join(K.value)!r}.")
   restored = build.restore_encoder(workdir, STEP.value)
   config = restored.config
   bank = load(config, BANK_SPLIT.value or config.data.split)

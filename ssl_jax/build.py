@@ -104,6 +104,7 @@ def run(config: Any) -> Run:
   Raises:
     UserError: a mistake in the recipe or the data. Any other exception is a bug.
   """
+  configs.check_values(config)
   mesh, views, eval_view = parallel.make_mesh(), configs.views(config), configs.eval_view(config)
   train_set = dataset(config, config.data.split)
   configs.check(config, images=len(train_set), devices=mesh.size)

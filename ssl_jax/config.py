@@ -2,16 +2,18 @@
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from ssl_jax import augment
+from ssl_jax import augment, methods, models, optim
 from ssl_jax.data.dataset import Reading
 from ssl_jax.errors import UserError
-from ssl_jax.optim import ParameterRules
+from ssl_jax.optim import LR_SETTINGS, RULE_SETTINGS, ParameterRules
+from ssl_jax.settings import Setting, each, flag, number, one_of, optional, positive, problems, span, text, whole
 
 # What may change between the runs of one workdir: it changes no number of the training, but by rounding. What a folder
 # holds is compared by itself.
@@ -19,6 +21,59 @@ FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_
 FREE_PREFIXES = ("parallel.", "data.data_dir", "data.folder", "data.threads", "data.workers", "knn.", "eval_view.")
 # What may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
+
+
+_NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
+_SIDE = optional(whole())
+SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
+  "seed": whole(0, required=True),
+  "epochs": whole(required=True),
+  "steps": optional(whole()),
+  "stop_after_steps": optional(whole()),
+  "batch_size": whole(required=True),
+  "microbatch": optional(whole()),
+  "dtype": one_of("float32", "bfloat16", required=True),
+  "parallel": dict(shard_state=flag()),
+  "data": dict(
+    name=text(required=True),
+    data_dir=optional(text()),
+    folder=optional(text()),
+    split=text(required=True),
+    test_split=optional(Setting(lambda x: isinstance(x, str), "a text")),  # an empty one: no k-NN
+    channels=whole(required=True),
+    threads=optional(whole(0)),
+    workers=optional(whole(0)),
+    reduced_decoding=optional(flag()),
+  ),
+  "eval_view": dict(
+    resize=_SIDE, size=_SIDE, interpolation=one_of("bilinear", "bicubic"), mean=_NUMBERS, std=each(positive())
+  ),
+  "knn": dict(k=whole(required=True), temperature=positive(required=True), bank_images=whole(required=True)),
+  "lr": LR_SETTINGS,
+  **RULE_SETTINGS,
+  "log_every_steps": whole(required=True),
+  "eval_every_epochs": whole(required=True),
+  "checkpoint_every_steps": whole(required=True),
+  "keep_checkpoints": whole(required=True),
+}
+VIEW_SETTINGS = dict(  # the fields of augment.View
+  size=whole(required=True),
+  scale=span(0, 1, "(]"),
+  ratio=span(0, math.inf, "(]"),
+  interpolation=one_of("bilinear", "bicubic"),
+  flip=number(0, 1),
+  jitter=each(number(), (4,)),
+  jitter_p=number(0, 1),
+  gray_p=number(0, 1),
+  blur_p=number(0, 1),
+  blur_kind=one_of("gaussian", "pil"),
+  blur_sigma=span(0, math.inf, "(]"),
+  blur_kernel=Setting(lambda x: whole().holds(x) and x % 2 == 1, "an odd whole number"),
+  solarize_p=number(0, 1),
+  solarize_threshold=number(0, 1),
+  mean=_NUMBERS,
+  std=each(positive()),
+)
 
 
 def base() -> ml_collections.ConfigDict:
@@ -63,46 +118,14 @@ def base() -> ml_collections.ConfigDict:
 
 def views(config: Any) -> tuple[augment.View, ...]:
   """The recipe's views as `augment.View`s."""
-  if not isinstance(config.views, tuple | list) or not all(isinstance(view, dict) for view in config.views):
-    raise UserError(f"views must be a tuple of dicts with the fields of augment.View, got {config.views!r}.")
-  out = []
-  for i, view in enumerate(config.views):
-    unknown = [key for key in view if key not in augment.View._fields]
-    if unknown:
-      near = difflib.get_close_matches(unknown[0], augment.View._fields, 1, 0)[0]
-      raise UserError(f"views[{i}] has no field {unknown[0]!r}; did you mean {near!r}?")
-    out.append(augment.View(**_with_tuples(view)))
-    _check_view(f"views[{i}]", out[-1], config.data.channels)
-  return tuple(out)
-
-
-def _check_view(name: str, view: augment.View, channels: int) -> None:
-  for key, holds, text in (
-    ("interpolation", view.interpolation in ("bilinear", "bicubic"), "bilinear or bicubic"),
-    ("blur_kind", view.blur_kind in ("gaussian", "pil"), "gaussian or pil"),
-    ("blur_sigma", len(view.blur_sigma) == 2 and min(view.blur_sigma) > 0, "two positive numbers"),
-    ("blur_kernel", view.blur_kernel % 2 == 1, "odd"),
-    ("jitter", len(view.jitter) == 4, "four strengths: brightness, contrast, saturation, hue"),
-    ("std", len(view.std) == len(view.mean) and all(view.std), "as many numbers as mean, none of them 0"),
-    ("mean", len(view.mean) in (0, channels), f"one number for each of data.channels={channels}, or empty"),
-    ("scale", 0 < view.scale[0] <= view.scale[1] <= 1, "a range in (0, 1]"),
-    ("size", view.size >= 1, "at least 1"),
-  ):
-    if not holds:
-      raise UserError(f"{name}.{key} must be {text}, got {getattr(view, key)!r}.")
+  return tuple(augment.View(**_with_tuples(view)) for view in config.views)
 
 
 def eval_view(config: Any) -> augment.EvaluationView:
   """The recipe's evaluation view; where it names no size, that of its first view, and no margin around it."""
   given = _with_tuples(config.eval_view)
   size = given["size"] or int(config.views[0]["size"])
-  view = augment.EvaluationView(**{**given, "size": size, "resize": given["resize"] or size})
-  if view.size > view.resize:
-    raise UserError(
-      f"a centre crop of {view.size} pixels (eval_view.size, else the first view's) does not fit in "
-      f"eval_view.resize={view.resize}."
-    )
-  return view
+  return augment.EvaluationView(**{**given, "size": size, "resize": given["resize"] or size})
 
 
 def parameter_rules(config: Any) -> ParameterRules:
@@ -122,6 +145,67 @@ def _with_tuples(mapping: Any) -> dict[str, Any]:
   return {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()}
 
 
+def check_values(config: Any) -> None:
+  """Raises UserError with everything that is wrong with a recipe's values, a line a key; no data are needed."""
+  given = config.to_dict()
+  apart = {key: given.pop(key, None) for key in ("method", "encoder", "optimizer", "views")}
+  found = problems("", given, SETTINGS)
+  for section, names, table_of in (
+    ("method", methods.names(), lambda name: getattr(methods.find(name), "SETTINGS", None)),  # it need not have any
+    ("encoder", models.ENCODERS, lambda name: models.SETTINGS["vit" if name.startswith("vit") else "resnet"]),
+    ("optimizer", optim.SETTINGS, optim.SETTINGS.get),
+  ):
+    values = apart[section]
+    name = values.get("name") if isinstance(values, dict) else None
+    if name not in names:
+      near = difflib.get_close_matches(str(name), names, 1, 0)[0]
+      found.append(f"{section}.name must be one of {', '.join(names)}, got {name!r}; did you mean {near!r}?")
+    elif table := table_of(str(name)):
+      found += problems(f"{section}.", values, table)
+  found += _view_problems(apart["views"], given.get("eval_view"), (given.get("data") or {}).get("channels"))
+  found = found or _joint_problems(config)
+  if found:
+    lines = "".join(f"\n  {text}" for text in found)
+    raise UserError(f"{found[0]}." if len(found) == 1 else f"{len(found)} keys of the config are wrong:{lines}")
+
+
+def _view_problems(views, eval_view, channels):
+  if not isinstance(views, tuple | list) or not views:
+    return [f"views must be a tuple of dicts with the fields of augment.View, got {views!r}"]
+  named = {f"views[{i}]": view for i, view in enumerate(views)}
+  found = [text for name, view in named.items() for text in problems(f"{name}.", view, VIEW_SETTINGS)]
+  for name, view in (named | {"eval_view": eval_view}).items():
+    mean, std = ((view.get(key) or ()) if isinstance(view, dict) else () for key in ("mean", "std"))
+    if not isinstance(mean, tuple | list) or not isinstance(std, tuple | list):
+      continue  # which is told already
+    if len(mean) not in (0, channels):
+      found.append(f"{name}.mean must be one number for each of data.channels={channels}, or empty, got {mean!r}")
+    elif len(mean) != len(std):
+      found.append(f"{name}.std must be as many numbers as mean, got {std!r}")
+  return found
+
+
+def _joint_problems(config):
+  found = []
+  view, encoder = eval_view(config), config.encoder
+  if view.size > view.resize:
+    found.append(
+      f"a centre crop of {view.size} pixels (eval_view.size, else the first view's) does not fit in "
+      f"eval_view.resize={view.resize}"
+    )
+  if encoder.name.startswith("vit"):
+    sides = {f"views[{i}].size": v["size"] for i, v in enumerate(config.views)} | {"the evaluation view": view.size}
+    for name, side in sides.items():
+      if side % encoder.patch_size:
+        found.append(f"encoder.patch_size={encoder.patch_size} does not divide {name}={side}")
+  for name, shape in (("encoder", encoder), ("method.decoder", config.method.get("decoder") or {})):
+    if "dim" in shape and "heads" in shape and shape["dim"] % shape["heads"]:
+      found.append(f"{name}.heads={shape['heads']} does not divide {name}.dim={shape['dim']}")
+  if config.microbatch and config.batch_size % config.microbatch:
+    found.append(f"batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}")
+  return found
+
+
 def check(config: Any, *, images: int, devices: int) -> None:
   """Raises UserError for settings that cannot run on this many images and devices."""
   if config.batch_size > images:
@@ -131,19 +215,6 @@ def check(config: Any, *, images: int, devices: int) -> None:
   _check_divides("batch_size", config.batch_size, devices, f"the {devices} devices")
   if config.microbatch is not None:
     _check_divides("microbatch", config.microbatch, devices, f"the {devices} devices")
-    if config.batch_size % config.microbatch:
-      raise UserError(f"batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}.")
-  for key in ("threads", "workers"):
-    if (config.data.get(key) or 0) < 0:
-      raise UserError(f"data.{key} must not be negative, got {config.data[key]}.")
-  for key in ("log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints"):
-    if config[key] < 1:
-      raise UserError(f"{key} must be at least 1, got {config[key]}.")
-  if config.dtype not in ("float32", "bfloat16"):
-    raise UserError(f"dtype must be float32 or bfloat16, got {config.dtype!r}.")
-  for key in ("steps", "stop_after_steps", "epochs"):
-    if config[key] is not None and config[key] < 1:
-      raise UserError(f"{key} must be at least 1, got {config[key]}.")
 
 
 def _check_divides(key, value, parts, what):

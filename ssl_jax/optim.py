@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax.errors import UserError, check_arguments
+from ssl_jax.errors import UserError
+from ssl_jax.settings import Setting, each, flag, number, one_of, optional, patterns, positive, text, whole
 
 
 class ParameterRules(NamedTuple):
@@ -170,6 +171,26 @@ def clip_by_param_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": adamw}
+_OF_ALL = dict(
+  name=text(required=True), weight_decay=number(), weight_decay_end=optional(number()), clip=optional(positive())
+)
+_MOMENTUM = number(0, 1, ends="[)")
+# The keys of a recipe's section `optimizer`, by its name.
+SETTINGS: dict[str, dict[str, Setting]] = {
+  "lars": _OF_ALL | dict(momentum=_MOMENTUM, trust_coefficient=positive(), lr_inside=flag()),
+  "sgd": _OF_ALL | dict(momentum=_MOMENTUM, nesterov=flag()),
+  "adamw": _OF_ALL | dict(b1=_MOMENTUM, b2=_MOMENTUM, eps=positive()),
+}
+LR_SETTINGS = dict(  # of the section `lr`, see `make_schedule`
+  base=positive(required=True),
+  scaling=one_of("linear", "sqrt", "none", required=True),
+  warmup_epochs=number(required=True),
+  end=number(required=True),
+  inclusive=flag(),
+  by_epoch=flag(),
+  milestones=optional(each(whole())),
+)
+RULE_SETTINGS = dict(no_decay=patterns(), frozen=patterns(), late=patterns(), late_epochs=whole(0))
 
 
 def make(
@@ -191,7 +212,6 @@ def make(
   name, clip, decay_end = arguments.pop("name"), arguments.pop("clip", None), arguments.pop("weight_decay_end", None)
   if name not in OPTIMIZERS:
     raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
-  check_arguments("optimizer", arguments, OPTIMIZERS[name])
   weight_decay = arguments.get("weight_decay", 0.0)
 
   def build(shift):

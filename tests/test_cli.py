@@ -8,6 +8,7 @@ import pytest
 
 from runs import ROOT
 from ssl_jax import __main__
+from ssl_jax.data import dataset
 from ssl_jax.run import cli
 
 
@@ -63,3 +64,23 @@ def test_a_bug_in_a_config_file_keeps_its_traceback(tmp_path):
   done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
   assert done.returncode == 1 and "mine.py" in done.stderr and "# a bug\n" in done.stderr
   assert done.stderr.splitlines()[-1].startswith("TypeError: unsupported operand")
+
+
+@pytest.mark.parametrize("word", ["seed=7", "lr.base=1", "false"])
+def test_words_that_are_no_flags_are_refused_with_the_right_spelling(monkeypatch, capsys, word):
+  monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main(["train.py", word]))
+  with pytest.raises(SystemExit, match=rf"error: '{word}' is not a flag: flags are written --name=value"):
+    cli.run(lambda: 0)
+
+
+def test_a_config_file_may_stand_apart_from_its_flag(monkeypatch):
+  monkeypatch.setattr(cli.flags, "FLAGS", list)
+  file = str(ROOT / "configs" / "quickstart.py")
+  got = cli._parse(["train.py", "--config", file, "--config.seed=1"], None)
+  assert got == ["train.py", f"--config={file}", "--config.seed=1"]
+
+
+def test_threads_are_those_that_the_process_may_use(monkeypatch):
+  monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
+  monkeypatch.setattr(dataset.os, "cpu_count", lambda: 128)
+  assert dataset.Reading().thread_count == 3 and dataset.Reading(threads=9).thread_count == 9

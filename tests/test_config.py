@@ -1,8 +1,10 @@
 """The shared keys, the checks before a run, and every recipe in configs/."""
 
+import functools
 import importlib.util
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,11 +152,6 @@ def test_steps_replace_epochs_and_a_partial_batch_is_dropped():
     (dict(batch_size=2), "batch_size=4 does"),
     (dict(batch_size=-4), "batch_size=-4"),
     (dict(batch_size=8, microbatch=3), "microbatch=3 does not divide"),
-    (dict(batch_size=12, microbatch=8), "batch_size=12 is not a multiple of microbatch=8"),
-    (dict(batch_size=8, log_every_steps=0), "log_every_steps must be at least 1, got 0"),
-    (dict(batch_size=8, steps=0), "steps must be at least 1"),
-    (dict(batch_size=8, stop_after_steps=-1), "stop_after_steps must be at least 1"),
-    (dict(batch_size=8, dtype="float33"), "dtype must be"),
   ],
 )
 def test_settings_that_cannot_run_are_told_with_their_values(overrides, text):
@@ -163,31 +160,113 @@ def test_settings_that_cannot_run_are_told_with_their_values(overrides, text):
   assert text in str(error.value)
 
 
-def test_views_are_checked_by_name():
-  config = quick()
-  config.views = (dict(size=28, blurp=0.5),)
-  with pytest.raises(UserError, match=r"views\[0\] has no field 'blurp'; did you mean 'blur_p'"):
-    configs.views(config)
-  config.views = (3,)
-  with pytest.raises(UserError, match="tuple of dicts"):
-    configs.views(config)
+def with_value(config, key, value):
+  """A copy with another value of any type at a dotted key, or at one of a view: "views[1].size"."""
+  tree = config.to_dict()
+  tree["views"] = tuple(dict(view) for view in tree["views"])
+  view = re.fullmatch(r"views\[(\d+)\]\.(\w+)", key)
+  *groups, last = (view[2],) if view else key.split(".")
+  node = tree["views"][int(view[1])] if view else functools.reduce(lambda node, group: node[group], groups, tree)
+  node[last] = value
+  return configs.ml_collections.ConfigDict(tree)
+
+
+def leaves(config):
+  """(dotted key, value) of everything in a recipe."""
+
+  def walk(prefix, tree):
+    for key, value in tree.items():
+      if isinstance(value, dict):
+        yield from walk(f"{prefix}{key}.", value)
+      elif prefix + key == "views":
+        for i, view in enumerate(value):
+          yield from walk(f"views[{i}].", view)
+      else:
+        yield prefix + key, value
+
+  return walk("", config.to_dict())
+
+
+def bad_values(value):
+  """What no key with this value in a recipe may have."""
+  if isinstance(value, bool):
+    return "x", 2, 0.5, ()
+  if isinstance(value, int | float):
+    return math.nan, math.inf, -1, "x", True, (), {}
+  if isinstance(value, str):
+    return 3, math.nan, True, ()
+  if isinstance(value, tuple | list):
+    return "x", 3, (math.nan,), ("(",), None
+  return math.nan, -1, 0.5, ("x",)  # of a key that is None: a whole number, a text or a flag
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(path):
+  config = recipe(path)
+  configs.check_values(config)
+  count = 0
+  for key, value in leaves(config):
+    for bad in bad_values(value):
+      with pytest.raises(UserError) as error:
+        configs.check_values(with_value(config, key, bad))
+      assert key in str(error.value) and (str(bad) in str(error.value) or repr(bad) in str(error.value)), (key, bad)
+      count += 1
+    if not key.endswith("name"):  # another method has other keys
+      with pytest.raises(UserError, match=re.escape(f"{key}x does not exist; did you mean '{key.split('.')[-1]}'?")):
+        configs.check_values(with_value(config, f"{key}x", value))
+  assert count > 150
 
 
 @pytest.mark.parametrize(
-  "name, section, key, near",
+  "name, key, value, text",
   [
-    ("quickstart", "projector", "layres", "layers"),
-    ("byol_quickstart", "mlp", "hiden", "hidden"),
-    ("mae_quickstart", "decoder", "head", "heads"),
-    ("dino_quickstart", "head", "prototype", "prototypes"),
+    ("mae_quickstart", "method.mask_ratio", 1.5, "method.mask_ratio must be a number in (0, 1), got 1.5"),
+    ("mae_quickstart", "method.mask_ratio", 0, "method.mask_ratio must be a number in (0, 1), got 0"),
+    ("quickstart", "lr.base", -1.0, "lr.base must be a positive number, got -1.0"),
+    ("quickstart", "lr.scaling", "log", "lr.scaling must be one of linear, sqrt, none, got 'log'"),
+    ("quickstart", "method.temperature", 0.0, "method.temperature must be a positive number, got 0.0"),
+    ("quickstart", "knn.k", 0, "knn.k must be a whole number, at least 1, got 0"),
+    ("quickstart", "eval_view.size", -1, "eval_view.size must be a whole number, at least 1, or none, got -1"),
+    ("quickstart", "eval_view.std", (0.0,), "eval_view.std must be a tuple: a positive number, got (0.0,)"),
+    ("quickstart", "eval_view.mean", (0.5, 0.5, 0.5), "eval_view.mean must be one number for each of data.channels=1"),
+    ("quickstart", "eval_view.mean", (0.5,), "eval_view.std must be as many numbers as mean, got ()"),
+    ("quickstart", "eval_view.resize", 16, "a centre crop of 28 pixels (eval_view.size, else the first view's) does"),
+    ("quickstart", "encoder.stem", "large", "encoder.stem must be one of imagenet, small, patch, got 'large'"),
+    ("quickstart", "encoder.width", 0, "encoder.width must be a positive number, got 0"),
+    ("quickstart", "encoder.name", "resnet81", "got 'resnet81'; did you mean 'resnet18'?"),
+    ("quickstart", "method.name", "simcrl", "got 'simcrl'; did you mean 'simclr'?"),
+    ("quickstart", "optimizer.name", "adam", "got 'adam'; did you mean 'adamw'?"),
+    ("quickstart", "optimizer.eps", 0, "optimizer.eps must be a positive number, got 0"),
+    ("quickstart", "no_decay", ("(",), "no_decay must be a tuple: regular expressions, got ('(',)"),
+    ("quickstart", "views", (3,), "views[0] must be a group of keys, got 3"),
+    ("quickstart", "views", (), "views must be a tuple of dicts"),
+    ("quickstart", "views[0].scale", (0.5, 0.2), "views[0].scale must be two numbers in (0, 1], the lower one first"),
+    ("quickstart", "views[1].blur_kernel", 4, "views[1].blur_kernel must be an odd whole number, got 4"),
+    ("quickstart", "data.folder", "", "data.folder must be a text that is not empty, or none, got ''"),
+    ("quickstart", "microbatch", 48, "batch_size=128 is not a multiple of microbatch=48"),
+    ("dino_quickstart", "method.head.prototypes", 1, "method.head.prototypes must be a whole number, at least 2"),
+    ("dino_quickstart", "method.center_momentum", 2, "method.center_momentum must be a number in [0, 1], got 2"),
+    ("mae_quickstart", "encoder.heads", 5, "encoder.heads=5 does not divide encoder.dim=96"),
+    ("mae_quickstart", "encoder.patch_size", 5, "encoder.patch_size=5 does not divide views[0].size=28"),
+    ("mae_quickstart", "method.decoder.heads", 5, "method.decoder.heads=5 does not divide method.decoder.dim=64"),
   ],
 )
-def test_an_unknown_key_in_a_methods_section_is_told_with_the_nearest(name, section, key, near):
-  config = recipe(by_name(name))
-  config.method[section].unlock()
-  config.method[section][key] = 3
-  with pytest.raises(UserError, match=rf"method\.{section}\.{key} does not exist; did you mean '{near}'"):
-    build.method_of(config, 1, 1)
+def test_a_wrong_value_is_told_with_what_holds(name, key, value, text):
+  with pytest.raises(UserError) as error:
+    configs.check_values(with_value(recipe(by_name(name)), key, value))
+  assert text in str(error.value)
+
+
+def test_all_wrong_keys_are_told_at_once_a_line_each_and_what_is_missing_too():
+  config = with_value(with_value(quick(), "lr.base", math.nan), "method.projector.layers", 0)
+  del config.knn.k, config.method.temperature
+  with pytest.raises(UserError) as error:
+    configs.check_values(config)
+  first, *others = str(error.value).splitlines()
+  assert first == "4 keys of the config are wrong:"
+  assert sorted(line.split()[0] for line in others) == [
+    "knn.k", "lr.base", "method.projector.layers", "method.temperature"
+  ]  # fmt: skip
 
 
 def test_a_bug_is_not_told_as_a_users_mistake(monkeypatch):

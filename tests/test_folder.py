@@ -186,7 +186,7 @@ def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):
 def test_a_crop_that_does_not_fit_and_negative_threads_are_told(photographs):
   with pytest.raises(UserError, match=r"crop of 28 pixels .* does not fit in eval_view.resize=16"):
     build.run(folder_config(photographs, **{"eval_view.resize": 16}))
-  with pytest.raises(UserError, match=r"data\.threads must not be negative, got -1"):
+  with pytest.raises(UserError, match=r"data\.threads must be a whole number, at least 0, or none, got -1"):
     build.run(folder_config(photographs, **{"data.threads": -1}))
   with pytest.raises(ImageError, match="too long: 400000x1"):
     centre_crop(np.zeros((1, 400_000, 3), np.uint8), EvaluationView(resize=256, size=224))

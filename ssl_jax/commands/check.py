@@ -10,13 +10,13 @@ if any image cannot be read.
 import argparse
 import collections
 import concurrent.futures
-import os
 import pathlib
 import sys
 import time
 
 import numpy as np
 
+from ssl_jax.data.dataset import usable_cores
 from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
 from ssl_jax.data.image import ImageError
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
   )
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--channels", type=int, default=3)
-  parser.add_argument("--threads", type=int, default=os.cpu_count())
+  parser.add_argument("--threads", type=int, default=usable_cores())
   parser.add_argument("--report", type=pathlib.Path, help="a file for all names and reasons of what cannot be read")
   parser.add_argument("--strict", action="store_true")
   args = parser.parse_args(arguments)

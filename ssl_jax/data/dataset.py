@@ -30,6 +30,11 @@ class Part:
 WHOLE = Part()
 
 
+def usable_cores() -> int:
+  """How many cores this process may use: of a shared machine, the scheduler's or the container's share."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Reading(NamedTuple):
   """How images are decoded and cut on the host; it changes how fast they come.
 
@@ -45,7 +50,7 @@ class Reading(NamedTuple):
 
   @property
   def thread_count(self) -> int:
-    return (os.cpu_count() or 1) if self.threads is None else self.threads
+    return usable_cores() if self.threads is None else self.threads
 
 
 ALL_CORES = Reading()

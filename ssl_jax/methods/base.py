@@ -188,13 +188,6 @@ def check_contrastive(name: str, batch_size: int) -> None:
     raise UserError(f"{name} needs a batch of at least two images, got batch_size={batch_size}.")
 
 
-def check_positive(settings: Any, *keys: str) -> None:
-  """Raises UserError, with the key's name, unless these values of a recipe's `method` section are positive."""
-  for key in keys:
-    if not 0 < settings[key] < float("inf"):
-      raise UserError(f"method.{key} must be positive and finite, got {settings[key]}.")
-
-
 class Momentum(NamedTuple):
   """The momentum m of a momentum encoder's moving average: slow = m slow + (1 - m) fast.
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from ssl_jax.errors import check_arguments
 from ssl_jax.losses import byol_loss
 from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_two_views, cosine_momentum, of_encoder
 from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
+from ssl_jax.settings import number, optional, text, whole
 
 # haiku's default, in the ResNet and the MLPs: normal of standard deviation 1 / sqrt(fan_in), truncated at two standard
 # deviations without correcting the scale for it.
@@ -79,10 +79,16 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
 
 
+SETTINGS = dict(
+  name=text(required=True),
+  target_momentum=number(0, 1, required=True),
+  mlp=dict(layers=whole(), hidden=optional(whole()), features=whole()),
+)
+
+
 def from_config(settings: Any, context: Context) -> Method:
   """Builds BYOL as a recipe's `method` section describes it."""
   check_two_views("byol", context.views)
-  check_arguments("method.mlp", settings.mlp, Projector)
   mlp = dict(settings.mlp, hidden_bias=True, kernel_init=haiku_init, axis_name=context.axis_name, dtype=context.dtype)
   momentum = cosine_momentum(settings.target_momentum, context.steps)
   return byol(make_encoder(settings, context), Projector(**mlp), Projector(**mlp), target_momentum=momentum)

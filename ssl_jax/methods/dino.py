@@ -17,10 +17,11 @@ from flax import struct
 from jax import lax
 
 from ssl_jax import random_streams
-from ssl_jax.errors import UserError, check_arguments
+from ssl_jax.errors import UserError
 from ssl_jax.losses import dino_center, dino_loss
-from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_positive, cosine_momentum
+from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, cosine_momentum
 from ssl_jax.models.heads import DINOHead, train_pass
+from ssl_jax.settings import flag, number, positive, text, whole
 
 
 @struct.dataclass
@@ -138,13 +139,23 @@ def dino(
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=picture)
 
 
+SETTINGS = dict(
+  name=text(required=True),
+  teacher_temperature=positive(required=True),
+  teacher_temperature_start=positive(required=True),
+  teacher_temperature_warmup_epochs=whole(0, required=True),
+  student_temperature=positive(required=True),
+  teacher_momentum=number(0, 1, required=True),
+  center_momentum=number(0, 1, required=True),
+  head=dict(layers=whole(), hidden=whole(), bottleneck=whole(), prototypes=whole(2), train_gain=flag()),
+)
+
+
 def from_config(settings: Any, context: Context) -> Method:
   """Builds DINO as a recipe's `method` section describes it."""
   sizes = [view.size for view in context.views]
   if len(sizes) < 2 or sizes[0] != sizes[1] or len(set(sizes)) > 2 or sizes.count(sizes[0]) != 2:
     raise UserError(f"dino takes two global views of one size and local views of another, got sizes {sizes}.")
-  check_positive(settings, "teacher_temperature", "teacher_temperature_start", "student_temperature")
-  check_arguments("method.head", settings.head, DINOHead)
   warm = settings.teacher_temperature_warmup_epochs
   ramp = [
     settings.teacher_temperature_start

@@ -12,11 +12,12 @@ from einops import rearrange
 from flax import struct
 
 from ssl_jax import random_streams
-from ssl_jax.errors import UserError, check_arguments
+from ssl_jax.errors import UserError
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods.base import Aux, Context, Method, Monitored
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.models.vit import ViT, patch_xavier
+from ssl_jax.settings import flag, number, positive, text, whole
 
 
 @struct.dataclass
@@ -118,11 +119,18 @@ def mae(encoder: ViT, decoder: MAEDecoder, *, mask_ratio: float = 0.75, normaliz
   return Method(init, loss, update, encoder_variables, separable=True, chance=chance, pictures=pictures)
 
 
+SETTINGS = dict(
+  name=text(required=True),
+  mask_ratio=number(0, 1, ends="()", required=True),
+  normalize_target=flag(required=True),
+  decoder=dict(dim=whole(), depth=whole(), heads=whole(), mlp_ratio=positive(), recompute=flag()),
+)
+
+
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MAE as a recipe's `method` section describes it."""
   if len(context.views) != 1:
     raise UserError(f"mae takes one view, got {len(context.views)}.")
-  check_arguments("method.decoder", settings.decoder, MAEDecoder)
   encoder = make_encoder(settings, context)
   decoder = MAEDecoder(encoder.patch_size**2 * context.channels, **settings.decoder, dtype=context.dtype)
   return mae(encoder, decoder, mask_ratio=settings.mask_ratio, normalize_target=settings.normalize_target)

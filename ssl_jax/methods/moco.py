@@ -19,7 +19,6 @@ from flax import struct
 from jax import lax
 
 from ssl_jax import random_streams
-from ssl_jax.errors import UserError
 from ssl_jax.losses import info_nce
 from ssl_jax.methods import moco_v3
 from ssl_jax.methods.base import (
@@ -28,12 +27,12 @@ from ssl_jax.methods.base import (
   Method,
   Momentum,
   Monitored,
-  check_positive,
   check_two_views,
   constant_momentum,
   of_encoder,
 )
 from ssl_jax.models.heads import MoCoHead, Network, train_pass, unit
+from ssl_jax.settings import number, one_of, positive, text, whole
 
 
 @struct.dataclass
@@ -143,14 +142,23 @@ def gather(x, axis_name):
   return lax.all_gather(x, axis_name, tiled=True) if axis_name else x
 
 
+SETTINGS = dict(
+  name=text(required=True),
+  version=one_of(1, 2, 3, required=True),
+  temperature=positive(required=True),
+  momentum=number(0, 1, required=True),
+  hidden=whole(),
+  features=whole(required=True),
+  queue_size=whole(),  # of versions 1 and 2, and so is the next
+  bn_group_size=whole(),
+)
+
+
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MoCo as a recipe's `method` section describes it; its `version` is 1, 2 or 3."""
   if settings.version == 3:
     return moco_v3.from_config(settings, context)
   check_two_views("moco", context.views)
-  check_positive(settings, "temperature")
-  if settings.version not in (1, 2):
-    raise UserError(f"method.version must be 1, 2 or 3, got {settings.version}.")
   return moco(
     make_encoder(settings, context),
     MoCoHead(settings.version, settings.get("hidden"), settings.features, context.dtype),

@@ -15,7 +15,6 @@ import flax.linen as nn
 from einops import rearrange
 from flax import struct
 
-from ssl_jax.errors import check_arguments
 from ssl_jax.losses import nt_xent
 from ssl_jax.methods.base import (
   Aux,
@@ -23,12 +22,12 @@ from ssl_jax.methods.base import (
   Method,
   Monitored,
   check_contrastive,
-  check_positive,
   check_two_views,
   in_chunks,
   of_encoder,
 )
 from ssl_jax.models.heads import Network, SimCLRProjector, train_pass
+from ssl_jax.settings import optional, positive, text, whole
 
 # model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -90,12 +89,17 @@ def simclr(
   return Method(init, loss, update, encoder_variables, separable=False, chance=chance)
 
 
+SETTINGS = dict(
+  name=text(required=True),
+  temperature=positive(required=True),
+  projector=dict(layers=whole(), hidden=optional(whole()), features=whole()),
+)
+
+
 def from_config(settings: Any, context: Context) -> Method:
   """Builds SimCLR as a recipe's `method` section describes it."""
   check_two_views("simclr", context.views)
   check_contrastive("simclr", context.batch_size)
-  check_positive(settings, "temperature")
-  check_arguments("method.projector", settings.projector, SimCLRProjector)
   axis_name = context.axis_name
   return simclr(
     make_encoder(settings, context),

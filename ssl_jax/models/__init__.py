@@ -6,10 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 
-from ssl_jax.errors import UserError, check_arguments
+from ssl_jax.errors import UserError
 from ssl_jax.models import heads as heads
 from ssl_jax.models import resnet as resnet
 from ssl_jax.models import vit as vit
+from ssl_jax.settings import Setting, each, flag, number, one_of, optional, positive, text, whole
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
   "resnet": resnet.ResNet,
@@ -24,6 +25,35 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
   "vit_base": vit.vit_base,
   "vit_large": vit.vit_large,
   "vit_huge": vit.vit_huge,
+}
+
+
+# The keys of a recipe's section `encoder`, by the family that its name begins with.
+SETTINGS: dict[str, dict[str, Setting]] = {
+  "resnet": dict(
+    name=text(required=True),
+    stages=each(whole()),
+    bottleneck=flag(),
+    width=positive(),
+    stem=one_of("imagenet", "small", "patch"),
+    features=one_of("pooled", "flat"),
+    project_first=flag(),
+    bn_group_size=optional(whole()),
+  ),
+  "vit": dict(
+    name=text(required=True),
+    patch_size=whole(required=True),
+    dim=whole(),
+    depth=whole(),
+    heads=whole(),
+    mlp_ratio=positive(),
+    image_size=whole(),
+    positions=one_of("learned", "row_first", "column_first"),
+    drop_path=number(0, 1, ends="[)"),
+    init_std=positive(),
+    features=one_of("cls", "mean", "flat"),
+    recompute=flag(),
+  ),
 }
 
 
@@ -62,5 +92,4 @@ def make(
     family, settings["image_size"] = vit, image_size
   if family is None:
     raise UserError(f"method {method} does not take the encoder {name!r}.")
-  check_arguments("encoder", arguments, ENCODERS[name])
   return ENCODERS[name](**{**settings, **family, **arguments})

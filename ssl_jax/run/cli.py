@@ -59,7 +59,9 @@ def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False)
     number = flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on")
     timeout = flags.DEFINE_integer("connect_timeout", 300, "seconds to wait for all of them", lower_bound=1)
 
-  def wrapped(_):
+  def wrapped(argv):
+    if len(argv) > 1:
+      _fail(f"{argv[1]!r} is not a flag: flags are written --name=value, and a config's keys --config.key=value.")
     logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax log a lot at INFO.
     _use_compilation_cache()
     try:
@@ -88,6 +90,10 @@ def _use_compilation_cache():
 
 def _parse(argv, recipe):
   """Parses flags with absl; a mistake is reported in one line."""
+  for i, arg in enumerate(argv[:-1]):
+    if arg in ("--config", "-config"):  # ml_collections reads `--config FILE`, and then refuses its keys
+      argv = [*argv[:i], f"--config={argv[i + 1]}", *argv[i + 2 :]]
+      break
   given = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
   if recipe and not given:
     given, argv = [recipe], [argv[0], f"--config={recipe}", *argv[1:]]
@@ -112,4 +118,5 @@ def _parse(argv, recipe):
 
 
 def _fail(text):
-  sys.exit(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}")
+  first, *others = (" ".join(line.split()) for line in text.splitlines() if line.strip())
+  sys.exit("\n  ".join([f"{pathlib.Path(sys.argv[0]).name}: error: {first}", *others]))

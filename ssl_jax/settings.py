@@ -1,0 +1,123 @@
+"""Which values a config's keys may have. The tables themselves stand beside the code that reads their keys.
+
+A table maps a section's keys to a `Setting`, or to a table of their own. `problems` finds everything that is wrong with
+a section, one line a key.
+"""
+
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Setting(NamedTuple):
+  """The values of one key.
+
+  Attributes:
+    holds: whether a value is one of them; NaN and infinity never are.
+    text: which they are, in words.
+    required: whether a recipe must have the key.
+  """
+
+  holds: Callable[[Any], bool]
+  text: str
+  required: bool = False
+
+
+def whole(least: int = 1, *, required: bool = False) -> Setting:
+  return Setting(lambda x: _is_whole(x) and x >= least, f"a whole number, at least {least}", required)
+
+
+def number(least: float = 0, most: float = math.inf, *, ends: str = "[]", required: bool = False) -> Setting:
+  """A finite number from `least` to `most`; `ends` as in mathematics, "(" and ")" leave the end out."""
+
+  def holds(x):
+    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not math.isfinite(x):
+      return False
+    return (x > least if ends[0] == "(" else x >= least) and (x < most if ends[1] == ")" else x <= most)
+
+  words = f"a number, at least {least:g}"
+  if most < math.inf:
+    words = f"a number in {ends[0]}{least:g}, {most:g}{ends[1]}"
+  elif ends[0] == "(":
+    words = "a positive number" if least == 0 else f"a number above {least:g}"
+  return Setting(holds, words, required)
+
+
+def positive(*, required: bool = False) -> Setting:
+  return number(0, ends="(]", required=required)
+
+
+def flag(*, required: bool = False) -> Setting:
+  return Setting(lambda x: isinstance(x, bool), "true or false", required)
+
+
+def text(*, required: bool = False) -> Setting:
+  return Setting(lambda x: isinstance(x, str) and x != "", "a text that is not empty", required)
+
+
+def one_of(*values: Any, required: bool = False) -> Setting:
+  known = " or ".join(map(str, values)) if len(values) < 3 else f"one of {', '.join(map(str, values))}"
+  return Setting(lambda x: any(type(x) is type(value) and x == value for value in values), known, required)
+
+
+def optional(setting: Setting) -> Setting:
+  """Also None."""
+  return Setting(lambda x: x is None or setting.holds(x), f"{setting.text}, or none", setting.required)
+
+
+def each(setting: Setting, counts: tuple[int, ...] | None = None, *, required: bool = False) -> Setting:
+  """A tuple of such values, of one of these lengths."""
+
+  def holds(x):
+    return isinstance(x, tuple | list) and (counts is None or len(x) in counts) and all(map(setting.holds, x))
+
+  many = "" if counts is None else f"{' or '.join(map(str, counts))} of "
+  return Setting(holds, f"a tuple: {many}{setting.text}", required)
+
+
+def span(least: float, most: float, ends: str = "[]") -> Setting:
+  """Two numbers, the lower one first."""
+  inside = number(least, most, ends=ends)
+  bounds = f" in {ends[0]}{least:g}, {most:g}{ends[1]}" if most < math.inf else f" above {least:g}"
+
+  def holds(x):
+    return isinstance(x, tuple | list) and len(x) == 2 and all(map(inside.holds, x)) and x[0] <= x[1]
+
+  return Setting(holds, f"two numbers{bounds}, the lower one first")
+
+
+def patterns() -> Setting:
+  return each(Setting(_is_pattern, "regular expressions"))
+
+
+def problems(section: str, given: Any, table: Mapping[str, Any]) -> list[str]:
+  """What is wrong with the keys of a section, one text a key; `section` is its name with a dot behind, or empty."""
+  if not isinstance(given, Mapping):
+    return [f"{section.removesuffix('.')} must be a group of keys, got {given!r}"]
+  found = []
+  for key, value in given.items():
+    if key not in table:
+      near = difflib.get_close_matches(str(key), table, 1, 0)
+      found.append(f"{section}{key} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
+    elif isinstance(table[key], Mapping):
+      found += problems(f"{section}{key}.", value, table[key])
+    elif not table[key].holds(value):
+      found.append(f"{section}{key} must be {table[key].text}, got {value!r}")
+  for key, setting in table.items():
+    if key not in given and getattr(setting, "required", True):
+      found.append(f"{section}{key} is missing" + (f": {setting.text}" if isinstance(setting, Setting) else ""))
+  return found
+
+
+def _is_whole(x):
+  return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _is_pattern(x):
+  try:
+    return isinstance(x, str) and bool(re.compile(x)) and x != ""
+  except re.error:
+    return False
