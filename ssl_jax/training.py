@@ -96,9 +96,10 @@ def make_step(
     check_update(state, train.state)
 
     row = aux.metrics | (monitors.measure(*aux.monitored) if aux.monitored else {})
-    row["grad_norm"] = optax.tree.norm(grads)
-    # A step whose loss or gradient is not finite changes nothing. The loop stops when it next looks at the metrics.
-    finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"])
+    row |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    # If loss, gradient or update is not finite, a step changes nothing: optimizers can make NaN of a finite gradient.
+    # The loop stops when it next looks at the metrics.
+    finite = jnp.isfinite(row["loss"]) & jnp.isfinite(row["grad_norm"]) & jnp.isfinite(row["update_norm"])
     new = TrainState(step + 1, params, state, opt_state)
     return jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, train), row
 

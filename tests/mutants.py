@@ -87,6 +87,7 @@ LIKELY = {
     "test_initialisation.py",
     f"{TRAJECTORY}[dino]",
     f"{TRAJECTORY}[moco_v3_vit]",
+    f"{TRAJECTORY}[mae]",
     "test_lowering.py",
   ),
   "ssl_jax/models/mae.py": (f"{TRAJECTORY}[mae]", "test_vit.py"),

@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from ssl_jax import optim, parallel, training
 from ssl_jax.augment import View
-from ssl_jax.methods.base import AXIS, Aux, Monitored
+from ssl_jax.methods.base import AXIS, Aux, Method, Monitored
 from ssl_jax.methods.simclr import simclr
 from ssl_jax.models import resnet
 from ssl_jax.models.heads import SimCLRProjector
@@ -184,3 +185,16 @@ def test_several_steps_are_one_compilation():
 def test_the_state_that_goes_in_is_donated():
   leaves = trained("compile_step", 4)[2]
   assert all(leaf.is_deleted() for leaf in leaves)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient", "update"])
+def test_a_step_of_which_anything_is_not_finite_changes_nothing(bad):
+  optimizer = optax.chain(optax.sgd(0.1), optax.stateless(lambda u, _: u if bad != "update" else {"w": u["w"] / 0}))
+  method = Method(None, None, lambda params, state, aux, step: {"slow": params["w"]}, None, separable=True)
+  params = {"w": jnp.ones(3)}
+  train = training.TrainState(jnp.int32(4), params, {"slow": jnp.zeros(3)}, optimizer.init(params))
+  update = training.make_step(method, optimizer, VIEWS, 0).update
+  gradient, loss = ({"w": jnp.full(3, jnp.nan if bad == name else 1.0)} for name in ("gradient", "loss"))
+  after, row = update(train, gradient, Aux({"loss": loss["w"][0]}))
+  jax.tree.map(np.testing.assert_array_equal, after, train)
+  assert not np.isfinite(list(row.values())).all()

@@ -46,3 +46,5 @@ def test_what_is_not_finite_is_named_with_its_array():
   assert line.startswith("step 7 is not finite (loss): the first array that is not finite is ") and "w" in line
   line = report.nonfinite(7, {"loss": 1.0, "grad_norm": np.inf}, {"params": {"w": np.ones(2)}})
   assert line.startswith("step 7 is not finite (grad_norm): the state is finite, so the gradient is not.")
+  line = report.nonfinite(7, {"grad_norm": 1.0, "update_norm": np.nan}, {"params": {"w": np.ones(2)}})
+  assert "(update_norm): the state is finite, so the update that the optimizer made of the gradient is not." in line

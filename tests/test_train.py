@@ -226,6 +226,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
   with pytest.raises(UserError, match=r"step 7 is not finite \(.*loss.*\).*params/encoder/layer1_0/conv1/kernel"):
     train.main(config, tmp_path / "run")
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["4"]
+  assert rows(tmp_path / "run")[-1] == {"step": 7, "epoch": 7 / 8, "not_finite": 1}
 
 
 def small_config(**overrides):

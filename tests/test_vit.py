@@ -200,6 +200,17 @@ def test_a_frozen_patch_embedding_takes_no_gradient():
     assert bool(np.any(grads["patch_embed"]["proj"]["kernel"])) != frozen
 
 
+def test_features_are_the_class_token_the_patches_mean_or_the_patches():
+  images = jax.random.uniform(ONE, (2, 8, 8, 3))
+  make = functools.partial(vit.ViT, patch_size=4, dim=12, depth=1, heads=3, image_size=8)
+  variables = make().init(ONE, images, train=False)
+  tokens = make().apply(variables, images, method="tokens")
+  assert tokens.shape == (2, 5, 12)
+  patches = tokens[:, 1:]
+  for features, want in (("cls", tokens[:, 0]), ("mean", patches.mean(1)), ("flat", patches.reshape(2, -1))):
+    np.testing.assert_allclose(make(features=features).apply(variables, images, train=False), want, atol=1e-6)
+
+
 def test_what_is_computed_again_changes_the_memory_and_not_the_numbers():
   images = jax.random.uniform(ONE, (8, 16, 16, 3))
   found = []

@@ -127,6 +127,7 @@ def write_steps(
   config = run.config
   for step, values in jax.device_get(waiting):
     if not all(np.isfinite(value) for value in values.values()):
+      writer.write({"step": step, "epoch": step / run.steps_per_epoch, "not_finite": 1})
       raise UserError(report.nonfinite(step, values, train._asdict()))
     if step % config.log_every_steps and step != run.last_step:
       continue

@@ -77,8 +77,12 @@ def nonfinite(step: int, values: dict, state: dict) -> str:
   """What went wrong, from a step's metrics and the state, which that step left as it was."""
   bad = ", ".join(name for name, value in values.items() if not np.isfinite(value))
   leaf = nonfinite_leaf(state)
-  cause = f"the first array that is not finite is {leaf}" if leaf else "the state is finite, so the gradient is not"
-  return f"step {step} is not finite ({bad}): {cause}. The last checkpoint is untouched. A lower lr.base often helps."
+  of = "gradient" if not np.isfinite(values["grad_norm"]) else "update that the optimizer made of the gradient"
+  cause = f"the first array that is not finite is {leaf}" if leaf else f"the state is finite, so the {of} is not"
+  return (
+    f"step {step} is not finite ({bad}): {cause}. Nothing of it was kept, and checkpoints from before are untouched. "
+    "A lower lr.base, in a new --workdir, often helps."
+  )
 
 
 def format_duration(seconds: float) -> str:
