@@ -269,3 +269,13 @@ def test_pixel_baselines_are_the_knn_of_the_pixels_of_both_sets_in_each_form():
 
 def test_guessing_answers_the_banks_most_frequent_class():
   assert accuracies.guessing(np.array([2, 0, 2, 1]), np.array([2, 2, 0, 1, 1])) == 40
+
+
+def test_labels_that_are_none_and_no_queries_are_told():
+  bank, queries = np.eye(4), np.eye(4)[:1]
+  with pytest.raises(ValueError, match="no row of the bank has a class"):
+    knn_predict(bank, np.full(4, -1), queries, k=1)
+  with pytest.raises(TypeError, match="bank_labels must be integers, got float64"):
+    knn_predict(bank, np.zeros(4), queries, k=1)
+  with pytest.raises(ValueError, match="no queries"):
+    accuracy(np.zeros((0, 3)), np.zeros(0, np.int32), k=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.losses import byol_loss, dino_center, dino_loss, info_nce, mae_loss, patchify, unpatchify
+from ssl_jax.losses import byol_loss, dino_center, dino_loss, info_nce, mae_loss, nt_xent, patchify, unpatchify
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -322,3 +322,21 @@ def test_second_views_of_the_teacher_only_change_what_is_theirs():
   want = np.mean([-(q[i] * log_p[v]).sum(-1).mean() for i in range(2) for v in range(5) if v != i])
   got = dino_loss(jnp.float32(s), jnp.float32(t), jnp.float32(c), teacher_temperature=0.3)
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda: nt_xent(jnp.ones((4, 0)), jnp.ones((4, 0))),
+    lambda: info_nce(jnp.ones((0, 8)), jnp.ones((0, 8)), jnp.ones((16, 8))),
+    lambda: info_nce(jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((0, 8))),
+    lambda: byol_loss(jnp.ones((0, 8)), jnp.ones((0, 8))),
+    lambda: mae_loss(jnp.ones((2, 4, 0)), jnp.ones((2, 4, 0)), jnp.ones((2, 4)), normalize_target=False),
+    lambda: mae_loss(jnp.ones((2, 0, 4)), jnp.ones((2, 0, 4)), jnp.ones((2, 0))),
+    lambda: dino_loss(jnp.ones((2, 0, 8)), jnp.ones((2, 0, 8)), jnp.ones(8), teacher_temperature=0.04),
+    lambda: dino_center(jnp.ones(8), jnp.ones((2, 0, 8))),
+  ],
+)
+def test_an_empty_axis_is_refused_by_its_number_and_is_no_nan(call):
+  with pytest.raises(ValueError, match=r"must not be empty: axis \d of its shape \(.*\) has no entries"):
+    call()

@@ -71,10 +71,14 @@ def knn_predict(
   if k > rows:
     warnings.warn(f"k={k} is more than the bank's {rows} rows; all of them vote.", stacklevel=2)
     k = rows
+  if not np.issubdtype(bank_labels.dtype, np.integer):
+    raise TypeError(f"bank_labels must be integers, got {bank_labels.dtype}.")
   if num_classes is None:
     num_classes = int(np.max(np.asarray(bank_labels))) + 1
   if not isinstance(bank_labels, jax.core.Tracer):
     lowest, highest = int(np.min(np.asarray(bank_labels))), int(np.max(np.asarray(bank_labels)))
+    if highest < 0:
+      raise ValueError("no row of the bank has a class: all bank_labels are negative.")
     if lowest < 0 or highest >= num_classes:
       raise ValueError(f"bank_labels must be in [0, {num_classes}), got {lowest} to {highest}.")
   if exclude is None:
@@ -139,6 +143,8 @@ def check_finite(**features: ArrayLike) -> None:
 def accuracy(scores: ArrayLike, labels: ArrayLike, *, k: int) -> dict[str, float]:
   """Top-1 and top-5 in percent of scores [Q, C] against labels [Q]; top-5 counts the first min(5, k, C) classes."""
   scores = jnp.asarray(scores)
+  if not len(scores):
+    raise ValueError("there are no queries to be scored.")
   _, order = lax.top_k(scores, min(5, scores.shape[1]))
   hits = np.asarray(order) == np.asarray(labels)[:, None]
   counts = {"top1": hits[:, 0].sum(), "top5": hits[:, : min(5, k)].any(axis=1).sum()}

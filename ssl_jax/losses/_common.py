@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def check_float(name: str, x: jax.Array) -> None:
-  """Raises TypeError unless an input is floating point."""
+def check_input(name: str, x: jax.Array) -> None:
+  """Raises TypeError unless an input is floating point, and ValueError if an axis is empty: a mean of it is NaN."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+  if 0 in x.shape:
+    raise ValueError(f"{name} must not be empty: axis {x.shape.index(0)} of its shape {x.shape} has no entries.")
 
 
 def check_temperature(name: str, temperature: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssl_jax.losses._common import check_float, check_temperature, unit
+from ssl_jax.losses._common import check_input, check_temperature, unit
 
 # take 64 MiB, since blocks come one after the other and small ones leave them idle (chosen by size, not measured).
 # take 64 MiB, since blocks follow one after the other and small ones leave them idle (chosen by size, not measured).
@@ -56,8 +56,8 @@ def nt_xent(
 
   Raises:
     TypeError: an input is not floating point, the temperature is not a number, or `block_size` is not an integer.
-    ValueError: shapes differ or are not [N, d], the global batch has fewer than two images, the temperature is not
-      positive and finite, or `block_size` is below one.
+    ValueError: shapes differ, are not [N, d] or have an empty axis, the global batch has fewer than two images, the
+      temperature is not positive and finite, or `block_size` is below one.
 
   Reference: Chen et al., 2020, arXiv:2002.05709, eq. 1; `add_contrastive_loss` in objective.py of
   google-research/simclr, which also propagates gradients to the negatives of other devices.
@@ -124,7 +124,7 @@ def info_nce(
   query = query / jnp.asarray(temperature, query.dtype)  # products with keys are similarities / temperature
   key = lax.stop_gradient(unit(key))
   if queue is not None:
-    check_float("queue", queue)
+    check_input("queue", queue)
     if queue.ndim != 2 or queue.shape[0] < 1 or queue.shape[1] != query.shape[1]:
       raise ValueError(f"queue must have shape [K, {query.shape[1]}], got {queue.shape}.")
     candidates = lax.stop_gradient(queue).astype(query.dtype)
@@ -268,7 +268,7 @@ def _check_block_size(block_size):
 
 def _check_pair(name1, x1, name2, x2):
   for name, x in ((name1, x1), (name2, x2)):
-    check_float(name, x)
+    check_input(name, x)
     if x.ndim != 2:
       raise ValueError(f"{name} must have shape [N, d], got {x.shape}.")
   if x1.shape != x2.shape:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssl_jax.losses._common import check_float, check_temperature, wide
+from ssl_jax.losses._common import check_input, check_temperature, wide
 
 
 def dino_loss(
@@ -35,7 +35,8 @@ def dino_loss(
 
   Raises:
     TypeError: an input is not floating point, or a temperature is not a number.
-    ValueError: shapes do not fit, there is no pair of different views, or a temperature is not positive and finite.
+    ValueError: shapes do not fit or have an empty axis, there is no pair of different views, or a temperature is not
+      positive and finite.
 
   Reference: Caron et al., 2021, arXiv:2104.14294, eq. 3 and algorithm 1; `DINOLoss` in main_dino.py of
   facebookresearch/dino.
@@ -82,7 +83,7 @@ def dino_center(
 
   Raises:
     TypeError: an input is not floating point.
-    ValueError: shapes do not fit.
+    ValueError: shapes do not fit or have an empty axis.
 
   Reference: Caron et al., 2021, arXiv:2104.14294, eq. 4; `update_center` in main_dino.py of facebookresearch/dino.
   """
@@ -97,6 +98,6 @@ def dino_center(
 
 
 def _check_logits(name, x, ndim):
-  check_float(name, x)
+  check_input(name, x)
   if x.ndim != ndim:
     raise ValueError(f"{name} must have {ndim} axes, got shape {x.shape}.")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssl_jax.losses._common import check_float, wide
+from ssl_jax.losses._common import check_input, wide
 
 
 def mae_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, normalize_target: bool = True) -> jax.Array:
@@ -28,12 +28,12 @@ def mae_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, norma
 
   Raises:
     TypeError: prediction or target is not floating point.
-    ValueError: the shapes do not fit, or a patch of one value is to be normalised.
+    ValueError: the shapes do not fit or have an empty axis, or a patch of one value is to be normalised.
 
   Reference: He et al., 2021, arXiv:2111.06377, section 3; `forward_loss` in models_mae.py of facebookresearch/mae.
   """
   for name, x in (("prediction", prediction), ("target", target)):
-    check_float(name, x)
+    check_input(name, x)
   if prediction.ndim != 3 or prediction.shape != target.shape or mask.shape != prediction.shape[:2]:
     raise ValueError(
       "prediction and target must be [B, L, P] and mask [B, L], "

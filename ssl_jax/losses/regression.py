@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssl_jax.losses._common import check_float, unit
+from ssl_jax.losses._common import check_input, unit
 
 
 def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -30,7 +30,7 @@ def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
   deepmind-research.
   """
   for name, x in (("prediction", prediction), ("target", target)):
-    check_float(name, x)
+    check_input(name, x)
   if prediction.shape != target.shape or prediction.size == 0:
     raise ValueError(f"prediction and target must have one shape [..., d], got {prediction.shape} and {target.shape}.")
   distance = jnp.sum(jnp.square(unit(prediction) - unit(lax.stop_gradient(target))), axis=-1)
