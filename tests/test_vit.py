@@ -43,6 +43,13 @@ def test_positions_are_interpolated_as_in_the_official_dino(tiny, size):
   assert error(model.apply(variables, g[f"images{size}"], train=False), g[f"cls{size}"]) < 1e-5
 
 
+def test_positions_are_interpolated_where_only_the_number_of_patches_is_the_trained_one():
+  rows = jnp.repeat(jnp.arange(8.0), 8)  # each position is its row's number
+  positions = jnp.concatenate([jnp.zeros(1), rows])[None, :, None]
+  grid = np.asarray(vit.interpolate_positions(positions, 4, 16))[0, 1:, 0].reshape(4, 16)
+  assert np.ptp(grid, axis=1).max() < 1e-5 and np.all(np.diff(grid, axis=0) > 1.5)
+
+
 def test_tokens_and_attention_on_request(tiny):
   model, variables, g = tiny
   assert error(model.apply(variables, g["images32"], method="tokens"), g["tokens32"]) < 1e-5
