@@ -10,6 +10,7 @@ command is started on every host; they find each other (docs/pods.md).
 
 import contextlib
 import pathlib
+import signal
 import time
 
 import jax
@@ -27,8 +28,8 @@ from ssl_jax.training import TrainState
 
 
 def main(config, workdir: pathlib.Path) -> int:
-  """Trains. Returns the exit status: 0, or 143 where SIGTERM ended the run."""
-  stopping = cluster.listen_for_sigterm()
+  """Trains. Returns the exit status: 0, or 128 + the number of the signal that ended the run."""
+  stopping = cluster.listen_for_signals()
   run = cluster.together(lambda: build.run(config))
   cluster.check_alike(configs.facts(config) | run.facts())
   cluster.check_shared(workdir)
@@ -45,10 +46,11 @@ def main(config, workdir: pathlib.Path) -> int:
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
 
   train = TrainState(**restored[1]) if restored else run.init()
-  step = fit(run, train, start, workdir, stopping)
+  step, number = fit(run, train, start, workdir, stopping)
   if step < run.last_step:
-    say(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
-    return 143
+    name = signal.Signals(number).name
+    say(f"stopped by {name} after step {step}, which is saved in {workdir}; the same command goes on from there")
+    return 128 + number
   if cluster.is_main():
     for line in report.summary(config, log.read_rows(workdir / "metrics.jsonl")):
       say(line)
@@ -58,9 +60,12 @@ def main(config, workdir: pathlib.Path) -> int:
   return 0
 
 
-def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping) -> int:
-  """The loop, from `start` to the run's last step, or until `stopping()`. Returns the last step, which is saved."""
-  config, started = run.config, time.perf_counter()
+def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping) -> tuple[int, int]:
+  """The loop, from `start` to the run's last step, or until `stopping()` names a signal.
+
+  Returns the last step, which is saved, and the signal or 0.
+  """
+  config, started, number = run.config, time.perf_counter(), 0
   waiting: list[tuple[int, dict]] = []  # (step, metrics) still on the device
   with (
     contextlib.closing(log.make_writer(workdir, start or -1)) as writer,
@@ -86,7 +91,8 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
 
-      ends = step == run.last_step or stopping()
+      number = stopping()
+      ends = number or step == run.last_step
       evaluates = step % (config.eval_every_epochs * run.steps_per_epoch) == 0 or step == run.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         # First, so that no row is lost and nothing bad is saved.
@@ -100,7 +106,7 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
       if ends:
         break
     saver.wait_until_finished()  # here, where a failure ends all processes
-  return step
+  return step, number
 
 
 def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Several real processes with JAX's own runtime and real collectives: one run, whatever happens to one of them."""
 
+import concurrent.futures
 import errno
 import json
 import os
@@ -339,3 +340,19 @@ def flat(tree, prefix=""):
       yield from flat(child, f"{prefix}/{key}")
   elif tree is not None:
     yield prefix, np.asarray(tree)
+
+
+def test_the_first_ctrl_c_asks_the_run_to_save_and_the_second_ends_it(capsys):
+  before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+  try:
+    stopping = cluster.listen_for_signals()
+    assert stopping() == 0
+    signal.raise_signal(signal.SIGINT)
+    assert stopping() == signal.SIGINT and "Ctrl-C once more ends at once" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # as in a notebook's thread
+      assert pool.submit(cluster.listen_for_signals).result()() == 0
+  finally:
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])

@@ -25,8 +25,8 @@ if __name__ == "__main__":
   import train
   from ssl_jax.data.stream import Streamed
   from ssl_jax.run import cli
-  config = config_flags.DEFINE_config_file("config", sys.argv[1])
-  workdir, read = pathlib.Path(sys.argv[2]), Streamed.batches
+  recipe, workdir, read = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1)), Streamed.batches
+  config = config_flags.DEFINE_config_file("config", recipe)
   def noted(*args, start, **kwargs):
     with open(workdir / "order.jsonl", "a") as file:
       for step, batch in enumerate(read(*args, start=start, **kwargs), start):
@@ -106,7 +106,7 @@ def test_killed_three_times_every_index_comes_once_an_epoch_in_the_same_order(im
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, status, word", [(signal.SIGTERM, 143, "saved"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize("number, status, word", [(signal.SIGTERM, 143, "saved"), (signal.SIGINT, 130, "saved")])
 def test_a_signal_to_the_whole_group_ends_quietly(images, cache, tmp_path, number, status, word):
   process = start(images, tmp_path, cache, 1, 2)
   wait(process, tmp_path, 5)

@@ -158,25 +158,31 @@ def check_shared(folder: pathlib.Path) -> None:
     )
 
 
-def listen_for_sigterm() -> Callable[[], bool]:
-  """Returns `stopping()`, which all processes call after each step: whether the run is to end there.
+def listen_for_signals() -> Callable[[], int]:
+  """Returns `stopping()`, which all processes call after each step: the signal on which the run is to end there, or 0.
 
-  SIGTERM to any one process is enough. With a single process, a second SIGTERM ends it at once.
+  With several processes SIGTERM to any one of them is enough. With a single process it is SIGTERM or Ctrl-C, and a
+  second signal ends it at once. Python lets only the main thread listen; in another one the answer is always 0.
   """
   if jax.distributed.is_initialized():
     # JAX stops them at the number after the highest that any process has passed, or at 1 before the first call: if the
     # numbers were training steps, a run that is resumed from a checkpoint would never reach it.
     asked = itertools.count(1)
-    return lambda: multihost_utils.reached_preemption_sync_point(next(asked))
-  came = []
+    return lambda: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(asked)) else 0
+  came = [0]
 
   def handler(number, frame):
     del frame
-    came.append(number)
+    came[0] = number
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if number == signal.SIGINT:
+      print("stopping after this step, and saving; Ctrl-C once more ends at once", flush=True)
 
-  signal.signal(signal.SIGTERM, handler)
-  return lambda: bool(came)
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, handler)
+  return lambda: came[0]
 
 
 @contextlib.contextmanager
