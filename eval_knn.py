@@ -15,7 +15,7 @@ from absl import flags
 from ssl_jax import build, parallel
 from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
-from ssl_jax.evaluation.accuracy import knn_accuracy
+from ssl_jax.evaluation.accuracy import guessing, knn_accuracy
 from ssl_jax.evaluation.features import Extractor
 from ssl_jax.run import cli, cluster
 from ssl_jax.run.cli import say
@@ -64,13 +64,14 @@ def main() -> int:
     if left_out := len(x) - len(features):
       say(f"{left_out:,} of the {role} cannot be read or {'has' if left_out == 1 else 'have'} no label: left out")
 
-  figures: dict[str, float | int] = {"step": restored.step}
+  figures: dict[str, float | int] = {"step": restored.step, "guessing_top1": guessing(bank_labels, labels)}
+  say(f"guessing the most frequent class: {figures['guessing_top1']:.2f} %")
   for k in ks:
     if k > len(bank_features):
       say(f"k={k} is more than the {len(bank_features):,} images of the bank: all of them vote")
     settings = dict(k=min(k, len(bank_features)), temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
     score = knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
-    say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %")
+    say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %  balanced {score['balanced']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
   if cluster.is_main():
     (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")

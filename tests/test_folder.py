@@ -17,7 +17,7 @@ import eval_knn
 import train
 from ssl_jax import augment, build, data, parallel
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data import folder
+from ssl_jax.data import folder, sources
 from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.image import ImageError
 from ssl_jax.data.memory import InMemory
@@ -52,6 +52,57 @@ def test_links_are_followed_and_circles_left(tmp_path):
   (tmp_path / "root" / "link").symlink_to(tmp_path / "far")
   (tmp_path / "far" / "a" / "up").symlink_to(tmp_path / "root")
   assert folder.find_images(tmp_path / "root") == ["0.png", "link/a/1.png"]
+
+
+def pictures(root, *names):
+  for i, name in enumerate(names):
+    photograph(root / name, i, (20, 16))
+  return root
+
+
+def test_a_class_called_train_is_no_split(tmp_path):
+  classes = pictures(tmp_path / "classes", "bus/0.png", "car/0.png", "train/0.png", "train/1.png")
+  found = data.load_folder(classes, "train")
+  assert found.classes == ("bus", "car", "train") and len(found) == 4 and not found.notes
+  with pytest.raises(UserError, match="has no folder 'test'"):
+    data.load_folder(classes, "test")
+  assert sources.folder_source(classes).classes == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("beside", [["test/a/0.png"], [], ["more/0.png"], ["@eaDir/0.png"]])
+def test_a_folder_called_train_is_a_split_where_the_tree_has_the_shape_of_one(tmp_path, beside):
+  root = pictures(tmp_path, "train/a/0.png", "train/b/0.png", *beside)
+  found = data.load_folder(root, "train")
+  assert found.classes == ("a", "b") and len(found) == 2
+  assert found.notes == (("left out: 1 image beside the folder 'train' (in more)",) if "more/0.png" in beside else ())
+
+
+def test_pictures_beside_the_class_folders_have_no_class_and_are_told(tmp_path):
+  root = pictures(tmp_path, "train/a/0.png", "train/b/1.png", "train/stray.png", "test/a/0.png")
+  found = data.load_folder(root, "train")
+  assert found.is_labelled and found.labels.tolist() == [0, 1, -1]
+  assert found.notes == ("1 image without a class folder: the k-NN leaves them out",)
+
+
+def test_other_programs_folders_are_left_out_and_told(tmp_path):
+  root = pictures(tmp_path, "a/0.png", "a/@eaDir/0.png", "@eaDir/a/1.png", "__MACOSX/2.png", "b/3.png")
+  found = data.load_folder(root, "train")
+  assert found.classes == ("a", "b") and len(found) == 2
+  assert found.notes == ("left out: 3 images in folders of other programs (@eaDir, __MACOSX)",)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+  root, scandir = pictures(tmp_path, "a/0.png", "b/1.png"), os.scandir
+
+  def refused(path):
+    if str(path).endswith("b"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refused)
+  assert data.load_folder(root, "train").notes == (
+    f"folders that cannot be listed: 1, such as {root / 'b'} (Permission denied)",
+  )
 
 
 def test_one_size_goes_into_memory_and_anything_else_is_streamed(tmp_path):

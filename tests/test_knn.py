@@ -56,7 +56,8 @@ def test_official_accuracies(golden, k, chunk_size):
     chunk_size=chunk_size,
   )
   got = accuracy(scores, g["test_labels"], k=k)
-  assert got == pytest.approx({"top1": float(g[f"top1_k{k}"]), "top5": float(g[f"top5_k{k}"])}, abs=1e-9)
+  for name in ("top1", "top5"):
+    assert got[name] == pytest.approx(float(g[f"{name}_k{k}"]), abs=1e-9)
 
 
 @pytest.mark.parametrize(("rows", "k", "temperature"), [(1, 1, 0.07), (9, 4, 1.0), (50, 50, 0.005), (50, 20, 0.2)])
@@ -227,12 +228,19 @@ def test_wrong_arguments_are_named(change, shown):
 def test_top5_counts_no_more_classes_than_neighbours(k, top5):
   scores = np.eye(6)[[0, 1, 2, 3]] * 10 - np.arange(6)  # ranks: own class, then 0, 1, 2, ... without it
   got = accuracy(scores, np.array([0, 1, 0, 2]), k=k)
-  assert got == {"top1": 50.0, "top5": float(top5)}
+  assert got == {"top1": 50.0, "top5": float(top5), "balanced": 50.0}
 
 
 def test_accuracy_of_fewer_than_five_classes_is_defined():
-  assert accuracy(np.array([[0.4, 0.6], [0.9, 0.1]]), np.array([1, 1]), k=20) == {"top1": 50.0, "top5": 100.0}
-  assert accuracy(np.ones((3, 1)), np.zeros(3, int), k=5) == {"top1": 100.0, "top5": 100.0}
+  half = accuracy(np.array([[0.4, 0.6], [0.9, 0.1]]), np.array([1, 1]), k=20)
+  assert half == {"top1": 50.0, "top5": 100.0, "balanced": 50.0}
+  assert accuracy(np.ones((3, 1)), np.zeros(3, int), k=5) == dict.fromkeys(("top1", "top5", "balanced"), 100.0)
+
+
+def test_balanced_accuracy_does_not_reward_the_most_frequent_class():
+  scores = np.tile([0.9, 0.1], (20, 1))
+  got = accuracy(scores, np.array([0] * 19 + [1]), k=5)
+  assert (got["top1"], got["balanced"]) == (95.0, 50.0)
 
 
 def test_a_single_class_and_classes_of_one_row_have_an_accuracy():
@@ -241,9 +249,9 @@ def test_a_single_class_and_classes_of_one_row_have_an_accuracy():
   with pytest.warns(UserWarning, match="more than the bank's 12 rows"):
     for labels, alone in ((np.zeros(12, int), 100), (itself, 0)):
       whole = accuracies.knn_accuracy(features, labels, features, labels, **settings)
-      assert whole == {"top1": 100, "top5": 100}
+      assert set(whole.values()) == {100}
       left_out = accuracies.knn_accuracy(features, labels, features, labels, exclude=itself, **settings)
-      assert left_out == {"top1": alone, "top5": alone}
+      assert set(left_out.values()) == {alone}
 
 
 def test_pixel_baselines_are_the_knn_of_the_pixels_of_both_sets_in_each_form():
@@ -252,7 +260,9 @@ def test_pixel_baselines_are_the_knn_of_the_pixels_of_both_sets_in_each_form():
   labels = np.arange(120, dtype=np.int32) % 4
   images = np.clip(150 + patterns[labels] + rng.normal(scale=12, size=(120, 6, 6, 1)), 0, 255).astype(np.uint8)
   bank, queries = (in_memory(images[part], labels[part]) for part in (slice(80), slice(80, None)))
-  found = accuracies.pixel_baselines(bank, queries, EvaluationView(resize=6, size=6), k=5, temperature=0.07)
+  stray = np.concatenate([images[:80], images[:7] // 2]), np.concatenate([labels[:80], np.full(7, -1, np.int32)])
+  view = EvaluationView(resize=6, size=6)
+  found = accuracies.pixel_baselines(in_memory(*stray), queries, view, k=5, temperature=0.07)
   a, b = (x.images.reshape(len(x), -1) / 255 for x in (bank, queries))
   for name, mean, std in (
     ("pixels_top1", 0, 1),

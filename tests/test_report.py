@@ -31,11 +31,19 @@ def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():
   config = types.SimpleNamespace(
     knn=types.SimpleNamespace(k=20, temperature=0.07), data=types.SimpleNamespace(test_split="test")
   )
-  rows = [{"loss": 1.0}, {"knn_top1": 60.0, "pixels_top1": 70.0}, {"knn_top1": 65.0}, {"loss": 0.5}, {"knn_top1": 75.5}]
+  rows = [
+    {"loss": 1.0},
+    {"knn_top1": 60.0, "pixels_top1": 70.0, "guessing_top1": 10.0},
+    {"knn_top1": 65.0},
+    {"loss": 0.5},
+    {"knn_top1": 75.5, "knn_balanced": 74.0},
+  ]
   assert report.summary(config, rows) == [
     "k-NN top-1 (cosine, k=20, T=0.07) on test:",
     "  encoder                75.50 %",
+    "  encoder, balanced      74.00 %",
     "  encoder, untrained     60.00 %",
+    "  guessing               10.00 %",
     "  raw pixels             70.00 %",
   ]
   assert report.summary(config, rows[:1]) == []

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
   if not args.folder.is_dir():
     parser.error(f"there is no folder {args.folder}")
   found = find_files(args.folder)
-  names = [name for name in found if is_image(name)]
+  names = [name for name in found.names if is_image(name)]
   files = Files(str(args.folder), names, args.channels)
   if not len(files):
     parser.error(f"{args.folder} holds no images ({', '.join(EXTENSIONS)})")
@@ -74,10 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"  {count:,} {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
   if len(bad) > 3 and not args.report:
     print("  --report=FILE writes all names and reasons")
-  others = collections.Counter(pathlib.Path(name).suffix.lower() or "no ending" for name in found if not is_image(name))
+  others = collections.Counter(
+    pathlib.Path(name).suffix.lower() or "no ending" for name in found.names if not is_image(name)
+  )
   if others:
     common = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
     print(f"left out by their names: {common}{', ...' if len(others) > 5 else ''}")
+  for note in found.notes:
+    print(note)
   if sizes:
     common = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
     print(f"{len(sizes):,} sizes, width x height: {common}{', ...' if len(sizes) > 5 else ''}")

@@ -69,6 +69,7 @@ class Dataset(abc.ABC):
     classes: names of the classes, where they are folders.
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
     reading: how many threads and processes read it.
+    notes: what was left out of it, in words.
   """
 
   images: Any
@@ -79,14 +80,15 @@ class Dataset(abc.ABC):
   classes: tuple[str, ...] = ()
   fingerprint: str = ""
   reading: Reading = ALL_CORES
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.images)
 
   @property
   def is_labelled(self) -> bool:
-    """Whether every image has a class; the first one, where only the images themselves know."""
-    return self.num_classes > 0 and (self.label(0) if self.labels is None else self.labels.min()) >= 0
+    """Whether there are images with a class; of the first one, where only the images themselves know."""
+    return self.num_classes > 0 and (self.label(0) if self.labels is None else self.labels.max()) >= 0
 
   def label(self, i: int) -> int:
     """The class of image i, -1 where there is none."""

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from ssl_jax.data.memory import InMemory
 from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+OTHER_PROGRAMS = frozenset({"@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"})
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -57,7 +59,7 @@ def load_folder(
 
   Hidden files and folders and other files than images are left out; links are followed. The order is that of the
   relative paths' bytes, so that it does not depend on the file system or the locale. Images in no class folder have no
-  labels, and then none has.
+  label. `Dataset.notes` says what was left out.
 
   Args:
     folder: the root.
@@ -74,36 +76,84 @@ def load_folder(
   """
   if channels < 1:
     raise UserError(f"data.channels must be at least 1, got {channels}.")
-  root = pathlib.Path(folder).expanduser()
-  if not root.is_dir():
-    raise UserError(f"data.folder: there is no folder {root}.")
-  if (root / split).is_dir():
-    root = root / split
-  elif split != "train":
-    raise UserError(f"data.folder: {root} has no folder {split!r}.")
-  names = find_images(root)
+  top = pathlib.Path(folder).expanduser()
+  if not top.is_dir():
+    raise UserError(f"data.folder: there is no folder {top}.")
+  root = split_folder(top, split)
+  if root is None and split != "train":
+    raise UserError(f"data.folder: {top} has no folder {split!r}.")
+  root = root or top
+  found = find_files(root)
+  names = [name for name in found.names if is_image(name)]
   if not names:
     raise UserError(f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)}).")
   parts = [name.split(os.sep, 1) for name in names]
   classes = sorted({part[0] for part in parts if len(part) > 1}, key=os.fsencode)
-  if any(len(part) == 1 for part in parts):
-    classes = []  # Some images have no class folder: none has a label.
   number = {name: i for i, name in enumerate(classes)}
-  labels = np.array([number.get(part[0], -1) for part in parts], np.int32)
+  labels = np.array([number[part[0]] if len(part) > 1 else -1 for part in parts], np.int32)
+  notes = list(found.notes)
+  if classes and (stray := int(np.sum(labels < 0))):
+    notes.append(f"{_images(stray)} without a class folder: the k-NN leaves them out")
+  if root != top and (beside := _images_beside(top, root)):
+    notes.append(f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {_names(beside)})")
   files = Files(str(root), names, channels)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
   about: dict[str, Any] = dict(
-    labels=labels, num_classes=len(classes), name=str(folder), split=split, classes=tuple(classes)
+    labels=labels,
+    num_classes=len(classes),
+    name=str(folder),
+    split=split,
+    classes=tuple(classes),
+    notes=tuple(notes),
   )
   if array is None:  # whose crops are others
     return Streamed(images=files, fingerprint=f"{fingerprint}, one by one", reading=reading, **about)
   return InMemory(images=array, fingerprint=fingerprint, reading=reading, **about)
 
 
+def split_folder(top: pathlib.Path, split: str) -> pathlib.Path | None:
+  """The folder of a split; None where there is none, or where a folder of that name is a class.
+
+  A class may be called train, val or test (COCO and CIFAR-100 have trains). Such a folder is a split if another split
+  stands beside it, or no other folder does, or it has folders inside. Any other name is taken as given.
+  """
+  folder = top / split
+  if not folder.is_dir():
+    return None
+  others = [x.name for x in top.iterdir() if x.is_dir() and x.name != split and not _is_others(x.name)]
+  if split not in SPLITS or not others or not SPLITS.isdisjoint(others):
+    return folder
+  return folder if any(x.is_dir() and not _is_others(x.name) for x in folder.iterdir()) else None
+
+
+def _is_others(name):
+  """Whether a folder's name is that of hidden things, or of other programs' thumbnails and remains."""
+  return name.startswith(".") or name in OTHER_PROGRAMS
+
+
+def _images_beside(top, root):
+  """{folder: number of images} of what lies beside a split and is in no other one."""
+  counts = {}
+  for x in sorted(top.iterdir()):
+    if x.is_dir() and x != root and x.name not in SPLITS and not _is_others(x.name):
+      counts[x.name] = len(find_images(x))
+  counts["."] = sum(x.is_file() and is_image(x.name) for x in top.iterdir())
+  return {name: count for name, count in counts.items() if count}
+
+
+def _images(count):
+  return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _names(mapping):
+  names = list(mapping)
+  return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
 def find_images(root: pathlib.Path) -> list[str]:
   """The relative paths of all images under a folder, sorted by their bytes."""
-  return [name for name in find_files(root) if is_image(name)]
+  return [name for name in find_files(root).names if is_image(name)]
 
 
 def is_image(name: str) -> bool:
@@ -111,15 +161,27 @@ def is_image(name: str) -> bool:
   return name.lower().endswith(EXTENSIONS)
 
 
-def find_files(root: pathlib.Path) -> list[str]:
-  """The relative paths of all files under a folder that are not hidden, sorted by their bytes; links are followed."""
-  names = []
+class Found(NamedTuple):
+  """Relative paths of files, sorted by their bytes, and in words what was left out."""
+
+  names: list[str]
+  notes: list[str]
+
+
+def find_files(root: pathlib.Path) -> Found:
+  """All files under a folder that are not hidden or another program's; links are followed."""
+  names: list[str] = []
+  others: dict[str, int] = {}
+  unlisted: list[OSError] = []
   top, seen = str(root), {os.path.realpath(root)}
-  for folder, folders, files in os.walk(top, followlinks=True):
+  for folder, folders, files in os.walk(top, followlinks=True, onerror=unlisted.append):
     kept = []
     for name in sorted(folders):  # of two links to one folder the first counts
-      real = os.path.realpath(os.path.join(folder, name))
-      if not name.startswith(".") and real not in seen:  # a link may lead back up
+      path = os.path.join(folder, name)
+      real = os.path.realpath(path)
+      if name in OTHER_PROGRAMS:
+        others[name] = others.get(name, 0) + sum(is_image(x) for _, _, inner in os.walk(path) for x in inner)
+      elif not name.startswith(".") and real not in seen:  # a link may lead back up
         kept.append(name)
         seen.add(real)
     folders[:] = kept
@@ -127,7 +189,13 @@ def find_files(root: pathlib.Path) -> list[str]:
     for name in files:
       if not name.startswith("."):
         names.append(name if prefix == "." else os.path.join(prefix, name))
-  return sorted(names, key=os.fsencode)
+  notes = []
+  if count := sum(others.values()):
+    notes.append(f"left out: {_images(count)} in folders of other programs ({_names(others)})")
+  if unlisted:
+    first = unlisted[0]
+    notes.append(f"folders that cannot be listed: {len(unlisted):,}, such as {first.filename} ({first.strerror})")
+  return Found(sorted(names, key=os.fsencode), notes)
 
 
 def _in_memory(files, max_bytes):

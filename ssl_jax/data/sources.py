@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from ssl_jax.data.folder import EXTENSIONS, find_images
+from ssl_jax.data.folder import EXTENSIONS, find_images, split_folder
 from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.errors import UserError
 
@@ -88,7 +88,8 @@ def folder_source(root: pathlib.Path) -> Source:
   """
   if not root.is_dir():
     raise UserError(f"there is no folder {root}: name the folder that holds the images.")
-  roots = {split: root / split for split in ("train", "val", "test") if (root / split).is_dir()} or {"train": root}
+  roots = {split: folder for split in ("train", "val", "test") if (folder := split_folder(root, split))}
+  roots = roots or {"train": root}
   names = {split: find_images(folder) for split, folder in roots.items()}
   names = {split: found for split, found in names.items() if found}
   if not names:

@@ -28,7 +28,7 @@ def knn_accuracy(
   exclude: np.ndarray | None = None,
   mesh: Mesh | None = None,
 ) -> dict[str, float]:
-  """Top-1 and top-5 in percent: {"top1", "top5"}. See `knn.knn_predict`; `exclude` as there.
+  """Accuracies in percent, as of `knn.accuracy`: {"top1", "top5", "balanced"}. See `knn.knn_predict` for `exclude`.
 
   With a `mesh` each of its devices holds and searches its part of the bank; the answer is the same.
   """
@@ -60,13 +60,17 @@ def pixel_baselines(
 ) -> dict[str, float]:
   """Top-1 in percent of k-NN on the pixels themselves: raw, centred and standardised by the bank's statistics.
 
-  Empty where the pixels are not to be had cheaply (`Dataset.pixels`). Labels of such sets are all known.
+  Empty where the pixels are not to be had cheaply (`Dataset.pixels`). Images without a label are left out.
   """
-  sets: list[Any] = [dataset.pixels(view, LARGEST) for dataset in (bank, queries)]
-  if any(pixels is None for pixels in sets):
-    return {}
-  assert bank.labels is not None and queries.labels is not None
-  a, b = (pixels.reshape(len(pixels), -1).astype(np.float32) / 255 for pixels in sets)
+  flat, labels = [], []
+  for dataset in (bank, queries):
+    pixels = dataset.pixels(view, LARGEST)
+    if pixels is None or dataset.labels is None:
+      return {}
+    known = dataset.labels >= 0
+    flat.append(pixels[known].reshape(int(np.sum(known)), -1).astype(np.float32) / 255)
+    labels.append(dataset.labels[known])
+  a, b = flat
   mean, std = a.mean(axis=0), a.std(axis=0)
   std[std == 0] = 1  # a pixel that never changes
   forms: dict[str, tuple[Any, Any]] = {
@@ -76,7 +80,7 @@ def pixel_baselines(
   }
   out = {}
   for name, (m, s) in forms.items():
-    score = knn_accuracy((a - m) / s, bank.labels, (b - m) / s, queries.labels, k=k, temperature=temperature)
+    score = knn_accuracy((a - m) / s, labels[0], (b - m) / s, labels[1], k=k, temperature=temperature)
     out[name] = score["top1"]
   return out
 

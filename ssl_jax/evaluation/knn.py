@@ -141,14 +141,20 @@ def check_finite(**features: ArrayLike) -> None:
 
 
 def accuracy(scores: ArrayLike, labels: ArrayLike, *, k: int) -> dict[str, float]:
-  """Top-1 and top-5 in percent of scores [Q, C] against labels [Q]; top-5 counts the first min(5, k, C) classes."""
+  """Accuracy in percent of scores [Q, C] against labels [Q].
+
+  "top1"; "top5", of the first min(5, k, C) classes; and "balanced", the mean over classes of each one's top-1, which is
+  100 / C for answering the most frequent class always, however frequent it is.
+  """
   scores = jnp.asarray(scores)
   if not len(scores):
     raise ValueError("there are no queries to be scored.")
   _, order = lax.top_k(scores, min(5, scores.shape[1]))
-  hits = np.asarray(order) == np.asarray(labels)[:, None]
+  labels = np.asarray(labels)
+  hits = np.asarray(order) == labels[:, None]
   counts = {"top1": hits[:, 0].sum(), "top5": hits[:, : min(5, k)].any(axis=1).sum()}
-  return {name: float(100 * count / len(hits)) for name, count in counts.items()}
+  shares = {name: float(100 * count / len(hits)) for name, count in counts.items()}
+  return shares | {"balanced": float(100 * np.mean([hits[labels == c, 0].mean() for c in np.unique(labels)]))}
 
 
 def _unit(x):

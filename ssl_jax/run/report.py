@@ -29,6 +29,7 @@ def describe(run: "Run") -> list[str]:
     f"{flops.in_words(run.flops)} a step" + (f" of the devices' {flops.in_words(run.peak)}/s" if run.peak else ""),
     f"learning rate: base {config.lr.base:g}, {config.lr.scaling} scaling, peak {peak:g}, end {config.lr.end:g}",
   ]
+  lines += [f"{x.split}: {note}" for x in (run.train_set, run.test_set) if x for note in x.notes]
   if run.chance is not None:
     lines.append(f"loss at chance: {run.chance:.4f}")
   if channels not in (1, 3):
@@ -63,7 +64,9 @@ def summary(config, rows: list[dict]) -> list[str]:
   first, last = scored[0], scored[-1]
   figures = {
     "encoder": last["knn_top1"],
+    "encoder, balanced": last.get("knn_balanced"),
     "encoder, untrained": first["knn_top1"],
+    "guessing": first.get("guessing_top1"),
     "raw pixels": first.get("pixels_top1"),
     "pixels, centred": first.get("pixels_centred_top1"),
     "pixels, standardised": first.get("pixels_standardised_top1"),
