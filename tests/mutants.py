@@ -92,7 +92,7 @@ LIKELY = {
   ),
   "ssl_jax/models/mae.py": (f"{TRAJECTORY}[mae]", "test_vit.py"),
   "ssl_jax/models/cpu.py": ("test_cpu_convolution.py", "test_cpu_linear.py", "test_models.py"),
-  "ssl_jax/training.py": (f"{TRAJECTORY}[byol]", "test_parallel.py", "test_train.py", *WHOLE),
+  "ssl_jax/training.py": (f"{TRAJECTORY}[byol]", "test_parallel.py", *WHOLE, "test_train.py"),
   "train.py": ("test_train.py", "test_folder.py", "test_all_methods.py"),
   "ssl_jax/build.py": (*WHOLE, "test_config.py"),
   "ssl_jax/parallel.py": ("test_parallel.py", f"{TRAJECTORY}[byol]", "test_microbatch.py", *STEPS),

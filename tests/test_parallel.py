@@ -127,6 +127,14 @@ def make_parts():
   return training.make_init(method, optimizer, VIEWS, 3, 0), training.make_step(method, optimizer, VIEWS, 0)
 
 
+def test_the_seed_reaches_the_weights():
+  method = simclr(resnet.ResNet(stages=(1,), width=0.125, stem="patch"), SimCLRProjector(features=4), temperature=0.5)
+  inits = [training.make_init(method, optax.identity(), VIEWS, 3, seed) for seed in (0, 1, 0)]
+  kernels = [jax.jit(init)().params["encoder"]["conv1"]["kernel"] for init in inits]
+  np.testing.assert_array_equal(kernels[0], kernels[2])
+  assert np.mean(kernels[0] != kernels[1]) > 0.9
+
+
 def batches():
   return np.random.default_rng(0).integers(0, 256, (STEPS, 8, 12, 12, 3), dtype=np.uint8)
 
