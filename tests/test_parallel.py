@@ -195,6 +195,16 @@ def test_the_state_that_goes_in_is_donated():
   assert all(leaf.is_deleted() for leaf in leaves)
 
 
+def test_the_norms_of_gradient_and_update_are_told_apart():
+  optimizer, params = optax.sgd(0.1), {"w": jnp.zeros(4)}
+  method = Method(None, None, lambda params, state, aux, step: state, None, separable=True)
+  train = training.TrainState(jnp.int32(0), params, (), optimizer.init(params))
+  _, row = training.make_step(method, optimizer, VIEWS, 0).update(
+    train, {"w": jnp.full(4, 3.0)}, Aux({"loss": jnp.ones(())})
+  )
+  np.testing.assert_allclose([row["grad_norm"], row["update_norm"]], [6.0, 0.6], rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", ["loss", "gradient", "update"])
 def test_a_step_of_which_anything_is_not_finite_changes_nothing(bad):
   optimizer = optax.chain(optax.sgd(0.1), optax.stateless(lambda u, _: u if bad != "update" else {"w": u["w"] / 0}))
