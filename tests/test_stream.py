@@ -323,9 +323,10 @@ def test_the_processes_parts_of_an_evaluation_are_the_whole_in_order(side, in_me
   assert known[keep].tolist() == list(range(10))  # what fills the last one up does not count
 
 
-def test_images_in_memory_and_on_disk_are_evaluated_alike(tmp_path):
+@pytest.mark.parametrize("size", [(40, 30), (16, 16), (20, 20)])  # to be reduced, enlarged, and as it is to be cut
+def test_images_in_memory_and_on_disk_are_evaluated_alike(tmp_path, size):
   for i in range(3):
-    photograph(tmp_path / f"{i}.png", i, (40, 30))
+    photograph(tmp_path / f"{i}.png", i, size)
   view = EvaluationView(resize=20, size=16)
   in_memory, on_disk = (data.load_folder(tmp_path, "train", max_bytes=most) for most in (1 << 20, 0))
   assert isinstance(in_memory, InMemory) and isinstance(on_disk, Streamed)
