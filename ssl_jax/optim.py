@@ -206,7 +206,8 @@ def make(
     steps, steps_per_epoch: of the run.
 
   Raises:
-    UserError: the name or an argument does not exist.
+    TypeError: an argument does not exist; a recipe's keys are checked before (`config.check_values`).
+    UserError: the name does not exist.
   """
   arguments = dict(optimizer)
   name, clip, decay_end = arguments.pop("name"), arguments.pop("clip", None), arguments.pop("weight_decay_end", None)

@@ -78,7 +78,8 @@ def make(
     resnet, vit: what the method sets for this family; None: the method does not take it.
 
   Raises:
-    UserError: the name or an argument does not exist, or the method does not take this encoder.
+    TypeError: an argument does not exist; a recipe's keys are checked before (`config.check_values`).
+    UserError: the name does not exist, or the method does not take this encoder.
   """
   arguments = dict(encoder)
   name = arguments.pop("name")
