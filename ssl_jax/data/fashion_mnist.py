@@ -53,7 +53,7 @@ def fashion_mnist_source(
   def read(split, start):
     images, labels = loaded[split]
     for i in range(start, len(images)):
-      yield Item(f"{split} image {i}", to_png(images[i]), int(labels[i]))
+      yield Item(f"{split} image {i}", to_png(images[i], smallest=True), int(labels[i]))
 
   taken = ", ".join(f"the first {limit:,} {split} images" for split, (_, limit) in limits.items() if limit is not None)
   return Source(

@@ -132,9 +132,10 @@ def check_image(name: str, encoded: bytes, label: int) -> Item:
   return Item(name, encoded, label)
 
 
-def to_png(pixels: np.ndarray) -> bytes:
+def to_png(pixels: np.ndarray, *, smallest: bool = False) -> bytes:
+  """uint8 [h, w] or [h, w, 3] as PNG; `smallest`: compressed as far as PNG can, which takes longer."""
   png = io.BytesIO()
-  PIL.Image.fromarray(pixels).save(png, format="png")
+  PIL.Image.fromarray(pixels).save(png, format="png", optimize=smallest)
   return png.getvalue()
 
 
