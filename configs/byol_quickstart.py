@@ -16,7 +16,8 @@ def get_config():
   config.data.channels = 1
   config.encoder = dict(name="resnet", stages=(1,), width=1.0, stem="patch", features="flat")
   config.method = dict(name="byol", target_momentum=0.97, mlp=dict(hidden=256, features=64))
-  config.views = 2 * (dict(size=28, scale=(0.5, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.0, 0.0), jitter_p=0.8),)
+  view = dict(size=28, scale=(0.5, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.0, 0.0), jitter_p=0.8)
+  config.views = configs.copies(2, view)
   config.optimizer = dict(name="adamw", weight_decay=1e-4)
   config.lr = dict(base=2e-3, scaling="none", warmup_epochs=1.0, end=0.0)
   config.no_decay = (r".*/bias", r".*/scale")

@@ -27,7 +27,7 @@ def get_config(version="resnet"):
   look = dict(flip=0.5, jitter=(0.4, 0.4, 0.0, 0.0), jitter_p=0.8)
   large = dict(size=28, scale=(0.3, 1.0), **look)
   small = dict(size=14 if vit else 20, scale=(0.08, 0.3), **look)
-  config.views = (large, large, small, small)
+  config.views = configs.copies(2, large) + configs.copies(2, small)
   config.optimizer = dict(name="adamw", weight_decay=0.04, clip=3.0)
   config.lr = dict(base=1e-3 if vit else 3e-3, scaling="none", warmup_epochs=1.0, end=1e-6, inclusive=True)
   config.no_decay = (r".*/bias", r".*/scale")

@@ -19,7 +19,7 @@ def get_config():
   config.method.update(queue_size=4096, momentum=0.99, bn_group_size=64)
   view = dict(size=32, scale=(0.08, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)
   view |= dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-  config.views = (view, view)
+  config.views = configs.copies(2, view)
   config.eval_view.mean, config.eval_view.std = view["mean"], view["std"]
   config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=5e-4)
   config.lr = dict(base=0.06, scaling="none", warmup_epochs=0.0, end=0.0, by_epoch=True)

@@ -3,11 +3,12 @@
   python train.py --config=configs/moco_imagenet.py:v2 --config.data.folder=DIR     v1, v2 (the default), v3, v3_vit
 
 v1, v2 (arXiv:1911.05722, arXiv:2003.04297): ResNet-50, 200 epochs, batch 256 as 8 groups of 32. Published, linear
-evaluation: 60.8 % and 67.5 %. v3 (arXiv:2104.02057): ResNet-50, 100 epochs, batch 4096, LARS, 68.9 %; v3_vit: ViT-S/16
-with 12 heads, 300 epochs, AdamW, 73.2 %.
+evaluation of v2: 67.5 %. v3 (arXiv:2104.02057): ResNet-50, 100 epochs, batch 4096, LARS, 68.9 %; v3_vit: ViT-S/16 with
+12 heads, 300 epochs, AdamW, 73.2 %.
 
 The learning rate of v1 and v2 is not scaled with the batch. In v1's official transform gray comes before the jitter and
-the jitter is never left out; here it comes after. DIR holds train/class/** and val/class/**.
+the jitter is never left out; here it comes after, so v1's published figure is not this recipe's. DIR holds
+train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
@@ -62,7 +63,7 @@ def _queue(config, version):
     config.method.temperature = 0.2
     config.lr.by_epoch = True
     view |= dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, blur_p=0.5, blur_kind="pil")
-  config.views = (view, view)
+  config.views = configs.copies(2, view)
 
 
 def _version3(config):

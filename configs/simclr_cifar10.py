@@ -19,7 +19,7 @@ def get_config():
   config.method = dict(name="simclr", temperature=0.5, projector=dict(layers=3, features=128))
   view = dict(size=32, scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)
   view |= dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)
-  config.views = (view, view)
+  config.views = configs.copies(2, view)
   config.optimizer = dict(name="lars", momentum=0.9, weight_decay=1e-4, lr_inside=True)
   config.lr = dict(base=1.0, scaling="linear", warmup_epochs=10.0, end=0.0)
   config.no_decay = (r".*/bias", r".*/scale")  # kept out of LARS's trust ratio too

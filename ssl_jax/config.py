@@ -116,6 +116,11 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
+def copies(count: int, view: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+  """`count` views alike, each a dict of its own: one that stands in several places would change in all of them."""
+  return tuple(dict(view) for _ in range(count))
+
+
 def views(config: Any) -> tuple[augment.View, ...]:
   """The recipe's views as `augment.View`s."""
   return tuple(augment.View(**_with_tuples(view)) for view in config.views)

@@ -80,6 +80,17 @@ def test_a_config_file_may_stand_apart_from_its_flag(monkeypatch):
   assert got == ["train.py", f"--config={file}", "--config.seed=1"]
 
 
+def test_a_key_of_one_view_is_refused_where_it_would_change_others(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    f"import sys\nsys.path.insert(0, {str(ROOT / 'configs')!r})\nimport quickstart\n\n\ndef get_config():\n"
+    "  config = quickstart.get_config()\n  config.views = 2 * (dict(config.views[0]),)\n  return config\n"
+  )
+  command = [sys.executable, str(ROOT / "train.py"), f"--config={tmp_path / 'mine.py'}", "--config.views[0].size=20"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+  assert "mine.py has one dict as several views, and a key of one would change all" in done.stderr
+
+
 def test_threads_are_those_that_the_process_may_use(monkeypatch):
   monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
   monkeypatch.setattr(dataset.os, "cpu_count", lambda: 128)

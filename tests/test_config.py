@@ -311,6 +311,21 @@ VARIANTS = [
 ]
 
 
+def test_each_view_of_a_recipe_is_a_dict_of_its_own():
+  for path, arguments in VARIANTS:
+    views = recipe(path, *arguments).views
+    assert len({id(view) for view in views}) == len(views), path.stem
+
+
+def test_a_published_figure_stands_only_beside_its_own_settings():
+  texts = {path.stem: path.read_text() for path in RECIPES}
+  others = [name for name, text in texts.items() if re.search(r"not this recipe's|no published figure", text)]
+  assert others == ["byol_cifar10", "dino_cifar10", "mae_cifar10", "moco_imagenet"]
+  readme = (RECIPES[0].parents[1] / "README.md").read_text()
+  for figure in ("76.1", "84.0 %", "92.6 %", "92.58", "89.8 %", "60.8"):
+    assert figure not in readme + "".join(texts.values()), figure
+
+
 @pytest.mark.parametrize("path, arguments", VARIANTS, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x.stem)
 def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
   config = recipe(path, *arguments)

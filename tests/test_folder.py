@@ -17,7 +17,7 @@ import eval_knn
 import train
 from ssl_jax import augment, build, data, parallel
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data import folder, sources
+from ssl_jax.data import dataset, folder, sources
 from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.image import ImageError
 from ssl_jax.data.memory import InMemory
@@ -67,6 +67,15 @@ def test_a_class_called_train_is_no_split(tmp_path):
   with pytest.raises(UserError, match="has no folder 'test'"):
     data.load_folder(classes, "test")
   assert sources.folder_source(classes).classes == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_split_is_found_by_any_of_its_names(tmp_path, name):
+  root = pictures(tmp_path, "train/a/0.png", f"{name}/a/0.png", f"{name}/a/1.png")
+  for asked in ("val", "valid", "validation"):
+    assert len(data.load_folder(root, asked)) == 2
+  assert dataset.split_named("val[:3]", ["train", "validation"]) == "validation[:3]"
+  assert dataset.split_named("test", ["train", "validation"]) == "test"
 
 
 @pytest.mark.parametrize("beside", [["test/a/0.png"], [], ["more/0.png"], ["@eaDir/0.png"]])

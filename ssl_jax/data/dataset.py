@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,15 @@ class Part:
 
 
 WHOLE = Part()
+
+
+def split_named(split: str, there: Collection[str]) -> str:
+  """The one of the splits that are `there` that `split`, or a slice, means: val, valid and validation are one."""
+  name, bracket, part = split.partition("[")
+  same = ("val", "valid", "validation")
+  if name in there or name not in same:
+    return split
+  return next((other for other in same if other in there), name) + bracket + part
 
 
 def usable_cores() -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, split_named
 from ssl_jax.data.image import ImageError, read_image, read_reduced
 from ssl_jax.data.memory import InMemory
 from ssl_jax.data.stream import Streamed
@@ -118,6 +118,7 @@ def split_folder(top: pathlib.Path, split: str) -> pathlib.Path | None:
   A class may be called train, val or test (COCO and CIFAR-100 have trains). Such a folder is a split if another split
   stands beside it, or no other folder does, or it has folders inside. Any other name is taken as given.
   """
+  split = split_named(split, [x.name for x in top.iterdir() if x.is_dir()])
   folder = top / split
   if not folder.is_dir():
     return None

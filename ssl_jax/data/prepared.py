@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, to_pixels
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, split_named, to_pixels
 from ssl_jax.data.image import ImageError, read_image, read_reduced
 from ssl_jax.data.memory import InMemory
 from ssl_jax.data.stream import Streamed
@@ -63,6 +63,7 @@ def load(
   """
   check_channels(channels)
   builder, prepare = _find(name, data_dir)
+  split = split_named(split, builder.info.splits)
   n = _count(builder, name, split)
   height, width = _image_size(builder, name)
   check_files(builder, split, prepare)

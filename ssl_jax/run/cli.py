@@ -101,7 +101,12 @@ def _parse(argv, recipe):
   if file and not pathlib.Path(file).is_file():
     _fail(f"there is no config file {file!r}.")
   try:
-    return flags.FLAGS(argv)
+    left = flags.FLAGS(argv)
+    if any(re.match(r"--?config\.views\[", arg) for arg in argv):
+      views = flags.FLAGS["config"].value.views
+      if len({id(view) for view in views}) < len(views):
+        _fail(f"{file} has one dict as several views, and a key of one would change all: see config.copies.")
+    return left
   except (AttributeError, KeyError) as error:  # ml_collections: a key that the config does not have
     if file:
       config = runpy.run_path(file)["get_config"]()
