@@ -12,6 +12,7 @@ import contextlib
 import pathlib
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 from absl import flags
@@ -21,7 +22,7 @@ from ssl_jax import build, parallel
 from ssl_jax import config as configs
 from ssl_jax.build import Run
 from ssl_jax.evaluation import during_training
-from ssl_jax.run import checkpoint, cli, cluster, log, plots, report
+from ssl_jax.run import checkpoint, cli, cluster, lock, log, plots, report
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
@@ -32,6 +33,13 @@ def main(config, workdir: pathlib.Path) -> int:
   stopping = cluster.listen_for_signals()
   run = cluster.together(lambda: build.run(config))
   cluster.check_alike(configs.facts(config) | run.facts())
+  with lock.held(workdir):
+    return go_on(run, workdir, stopping)
+
+
+def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
+  """Begins in the workdir, or goes on from its last checkpoint. Returns the exit status."""
+  config = run.config
   cluster.check_shared(workdir)
   cluster.together(lambda: workdirs.check_resumable(run, workdir))
   restored = checkpoint.restore_newest(workdir / "checkpoints", run.state._asdict(), say)
@@ -60,7 +68,7 @@ def main(config, workdir: pathlib.Path) -> int:
   return 0
 
 
-def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping) -> tuple[int, int]:
+def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping: Callable[[], int]) -> tuple[int, int]:
   """The loop, from `start` to the run's last step, or until `stopping()` names a signal.
 
   Returns the last step, which is saved, and the signal or 0.

@@ -54,7 +54,7 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
   where = "" if missing else f"process {process_id} of {num_processes} at {coordinator_address}: "
 
   def late():  # JAX itself would abort with a stack trace
-    _leave(
+    leave(
       f"{where}the others did not come within {timeout} s. Is process 0 running, can it be reached, and was each "
       "process started with the same address and number of processes, and a number of its own?"
     )
@@ -206,18 +206,19 @@ def ending_together(orderly: type[Exception] | tuple[()] = ()) -> Iterator[None]
       raise
     here = f"process {jax.process_index()}"
     if full or isinstance(error, UserError):
-      _leave(f"{here}: {full or error}")
+      leave(f"{here}: {full or error}")
     if any(name in str(error) for name in ("Gloo", "NCCL")):  # JaxRuntimeError or ValueError
-      _leave(
+      leave(
         f"{here} lost another process of this run ({str(error).splitlines()[0]}). The last checkpoint is whole: start "
         "all of them again with the same command to go on from it."
       )
     with contextlib.suppress(OSError):
       traceback.print_exc()
-    _leave(f"{here} failed, and so all of them end.")
+    leave(f"{here} failed, and so all of them end.")
 
 
-def _leave(text):
+def leave(text: str) -> None:
+  """Ends this process at once with a line, whatever its threads are doing; other processes notice it."""
   try:
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
     sys.stdout.flush()
