@@ -74,7 +74,10 @@ def main() -> int:
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %  balanced {score['balanced']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
   if cluster.is_main():
-    (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")
+    try:
+      (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:  # another's run, say; the figures are not lost
+      say(f"not written: {workdir / 'knn.json'} ({error.strerror})")
   say(json.dumps(figures))
   return 0
 

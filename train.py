@@ -78,7 +78,7 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
   with (
     contextlib.closing(log.make_writer(workdir, start or -1)) as writer,
     contextlib.closing(checkpoint.manager(workdir / "checkpoints", config.keep_checkpoints)) as saver,
-    cluster.ending_together(),
+    cluster.ending_together(folder=workdir),
   ):
     if start == 0:
       evaluate(run, writer, train, 0, workdir)

@@ -179,7 +179,7 @@ def dataset(config: Any, split: str) -> Dataset:
 def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple[None, None]:
   """(bank, queries) of the online k-NN, numbered alike; Nones where one of them has no labels."""
   folder, split = config.data.folder, config.data.test_split
-  there = split and (not folder or data.folder.split_folder(pathlib.Path(folder).expanduser(), split))
+  there = split and (not folder or data.folder.split_folder(pathlib.Path(os.path.expanduser(folder)), split))
   test_set = dataset(config, split) if there and train_set.is_labelled else None
   if test_set is None or not test_set.is_labelled:
     return None, None

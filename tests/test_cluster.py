@@ -244,9 +244,26 @@ def test_flags_that_do_not_fit_are_refused(arguments, text):
 
 @pytest.mark.parametrize("error", [OSError, lambda *args: ValueError(f"RESOURCE_EXHAUSTED: {OSError(*args)}")])
 def test_a_full_disk_is_told_in_a_line(error):
-  with pytest.raises(UserError, match=r"cannot write: No space left on device\. The last checkpoint is whole"):  # noqa: SIM117
-    with cluster.ending_together():
-      raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  told = (
+    rf"cannot write to {os.getcwd()}: No space left on device, [\d,]+ bytes are free\. What was saved before is whole"
+  )
+  with pytest.raises(UserError, match=told), cluster.ending_together():
+    raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_the_file_system_refuses_is_a_line_with_the_path_and_a_bug_is_none(tmp_path):
+  file, missing = tmp_path / "file", tmp_path / "gone" / "file"
+  file.touch()
+  with pytest.raises(UserError, match=rf"^{file}/below: Not a directory\.$"), cluster.ending_together():
+    (file / "below").read_text()
+  with pytest.raises(UserError, match=rf"^{missing}: No such file or directory\.$"):  # noqa: SIM117
+    with cluster.ending_together(folder=tmp_path):
+      missing.write_text("")
+  with pytest.raises(FileNotFoundError), cluster.ending_together():
+    missing.read_text()
+  text = f'PERMISSION_DENIED: Error writing local file "{file}": [OS error 13: EACCES Permission denied]'
+  assert cluster.refusal(ValueError(text)) == f"{file}: Permission denied."
+  assert cluster.refusal(ValueError("Permission denied")) is None and cluster.refusal(TypeError("x")) is None
 
 
 def test_a_full_disk_is_noticed_by_whoever_writes_to_tensorboard(tmp_path, monkeypatch):

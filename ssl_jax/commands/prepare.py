@@ -89,24 +89,28 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
   return _print_use(name, data_dir, folder)
 
 
+def _path(text):
+  return pathlib.Path(os.path.expanduser(text))  # which leaves the ~ of a user without a home
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command. Returns the exit status: 0, or 1 after printing one line about a mistake."""
   parser = argparse.ArgumentParser(prog="python -m ssl_jax prepare", description=__doc__.split("\n")[0])
   names = ["folder", "cifar10", "cifar100", "imagenet2012", *SIZES]
   parser.add_argument("dataset", choices=names, metavar="dataset", help=", ".join(names[:-1]))
-  parser.add_argument("folder", nargs="?", type=pathlib.Path, metavar="DIR", help="of images, after the word folder")
-  parser.add_argument("--data_dir", required=True, type=pathlib.Path, help="folder to write dataset/version into")
+  parser.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of images, after the word folder")
+  parser.add_argument("--data_dir", required=True, type=_path, help="folder to write dataset/version into")
   parser.add_argument(
     "--from",
     dest="source",
-    type=pathlib.Path,
+    type=_path,
     metavar="FOLDER",
     help=f"folder with the published files; CIFAR: or the tar file (default for Fashion-MNIST: {DEBIAN})",
   )
   parser.add_argument("--name", help="of the data set (folder; default: the folder's name)")
   parser.add_argument(
     "--val_labels",
-    type=pathlib.Path,
+    type=_path,
     metavar="FILE",
     help="imagenet2012: one wnid, or 'filename wnid', a line; or none",
   )
@@ -118,20 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error("--name is for folder, --val_labels for imagenet2012")
   if args.dataset.startswith(("cifar", "imagenet")) and not args.source:
     parser.error(f"{args.dataset} needs --from: nothing is downloaded")
-  data_dir = args.data_dir.expanduser()
-  given = args.source and args.source.expanduser()
   try:
     if args.dataset in SIZES:
-      write(fashion_mnist_source(_source_folder(given), **SIZES[args.dataset]), args.dataset, data_dir)
+      write(fashion_mnist_source(_source_folder(args.source), **SIZES[args.dataset]), args.dataset, args.data_dir)
     elif is_folder:
-      folder = args.folder.expanduser()
-      name = args.name or re.sub(r"\W", "_", folder.resolve().name.lower(), flags=re.ASCII)
-      write(sources.folder_source(folder), name, data_dir)
+      name = args.name or re.sub(r"\W", "_", args.folder.resolve().name.lower(), flags=re.ASCII)
+      write(sources.folder_source(args.folder), name, args.data_dir)
     elif args.dataset == "imagenet2012":
-      labels = args.val_labels and args.val_labels.expanduser()
-      write(sources.imagenet_source(given, labels), args.dataset, data_dir)
+      write(sources.imagenet_source(args.source, args.val_labels), args.dataset, args.data_dir)
     else:
-      write(sources.cifar_source(args.dataset, given), args.dataset, data_dir)
+      write(sources.cifar_source(args.dataset, args.source), args.dataset, args.data_dir)
   except (UserError, OSError) as error:  # OSError: no permission, disk full.
     print(f"error: {error}", file=sys.stderr)
     return 1

@@ -76,7 +76,7 @@ def load_folder(
   """
   if channels < 1:
     raise UserError(f"data.channels must be at least 1, got {channels}.")
-  top = pathlib.Path(folder).expanduser()
+  top = pathlib.Path(os.path.expanduser(folder))
   if not top.is_dir():
     raise UserError(f"data.folder: there is no folder {top}.")
   root = split_folder(top, split)

@@ -207,11 +207,11 @@ def _find(name, data_dir):
   if "://" in str(data_dir):
     raise UserError(f"data_dir must be a folder on this machine (mount or copy it), got {data_dir}.")
   if data_dir is not None:
-    root = pathlib.Path(data_dir).expanduser()
+    root = pathlib.Path(os.path.expanduser(data_dir))
   elif (BUILTIN / dataset).is_dir():
     root = BUILTIN
   else:
-    root = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    root = pathlib.Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")))
 
   folder = root / dataset / (config or "")
   versions = _versions(folder)

@@ -62,7 +62,7 @@ def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False)
   def wrapped(argv):
     if len(argv) > 1:
       _fail(f"{argv[1]!r} is not a flag: flags are written --name=value, and a config's keys --config.key=value.")
-    logging.set_verbosity(logging.WARNING)  # JAX, TFDS and Orbax log a lot at INFO.
+    _quiet_libraries()
     _use_compilation_cache()
     try:
       if joins:
@@ -80,11 +80,25 @@ def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False)
   app.run(wrapped, flags_parser=lambda argv: _parse(argv, recipe))
 
 
+def _quiet_libraries():
+  """Leaves out what JAX, TFDS and Orbax log at INFO, and Orbax's pages about an error that it raises anyway."""
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+
+  def hook(kind, error, trace):  # TensorStore prints it for each read or write that a failed one leaves behind.
+    if str(error) != "Event loop is closed":
+      sys.__excepthook__(kind, error, trace)
+
+  sys.excepthook = hook
+
+
 def _use_compilation_cache():
   """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR says where, if it is set."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssl_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if caches.startswith("~"):  # a user without a home, as in many containers
+      return
+    jax.config.update("jax_compilation_cache_dir", f"{caches}/ssl_jax/xla")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -8,7 +8,9 @@ import errno
 import itertools
 import os
 import pathlib
+import re
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -25,6 +27,10 @@ from ssl_jax.errors import UserError
 
 HEARTBEAT = 60  # seconds without a heartbeat of one process after which JAX ends all others
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+_REFUSED = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+  *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+)
 _SEEN_WITHIN = 20.0  # seconds that a shared file system may take to show a file
 
 
@@ -185,28 +191,47 @@ def listen_for_signals() -> Callable[[], int]:
   return lambda: came[0]
 
 
+def refusal(error: Exception, folder: pathlib.Path | None = None) -> str | None:
+  """What the file system refused, as a line; None for any other error.
+
+  It comes as an OSError, or in the text of one of TensorStore's exceptions. A missing file is a bug, but for one in
+  `folder`, which somebody has then taken away.
+  """
+  named = re.search(r'local file "([^"]+)"', str(error))
+  if not isinstance(error, OSError) and not named and "RESOURCE_EXHAUSTED" not in str(error):
+    return None
+  path = pathlib.Path(getattr(error, "filename", None) or (named and named[1]) or folder or ".").absolute()
+  lost = (errno.ENOENT,) if folder and folder.absolute() in path.parents else ()
+  why = next((text for text in map(os.strerror, (*_FULL, *_REFUSED, *lost)) if text in str(error)), None)
+  if why is None or why not in map(os.strerror, _FULL):
+    return why and f"{path}: {why}."
+  free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+  return (
+    f"cannot write to {path}: {why}, {free:,} bytes are free. What was saved before is whole: make room, and go on by "
+    "the same command."
+  )
+
+
 @contextlib.contextmanager
-def ending_together(orderly: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def ending_together(orderly: type[Exception] | tuple[()] = (), folder: pathlib.Path | None = None) -> Iterator[None]:
   """Exits at once on an exception in this process, if there are other processes, so that they end as well.
 
   They notice its closed connections; an orderly exit would wait for them. `orderly`: what all of them raise together.
+  What the file system refuses becomes a UserError; `folder` is what is written to (see `refusal`).
   """
   try:
     yield
   except orderly:
     raise
   except Exception as error:
-    # Raised as an OSError, or as one of TensorStore's exceptions.
-    full = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
-    if full:
-      full = f"cannot write: {full}. The last checkpoint is whole: make room, and go on from it by the same command."
+    refused = refusal(error, folder)
     if jax.process_count() == 1:
-      if full:
-        raise UserError(full) from error
+      if refused:
+        raise UserError(refused) from error
       raise
     here = f"process {jax.process_index()}"
-    if full or isinstance(error, UserError):
-      leave(f"{here}: {full or error}")
+    if refused or isinstance(error, UserError):
+      leave(f"{here}: {refused or error}")
     if any(name in str(error) for name in ("Gloo", "NCCL")):  # JaxRuntimeError or ValueError
       leave(
         f"{here} lost another process of this run ({str(error).splitlines()[0]}). The last checkpoint is whole: start "
