@@ -19,11 +19,12 @@ from ssl_jax.evaluation.accuracy import guessing, knn_accuracy
 from ssl_jax.evaluation.features import Extractor
 from ssl_jax.run import cli, cluster
 from ssl_jax.run.cli import say
+from ssl_jax.settings import positive
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "the run to evaluate")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
 K = flags.DEFINE_list("k", ["10", "20", "100", "200"], "numbers of neighbours")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.07, "of the votes exp(similarity / T)", lower_bound=1e-6)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.07, "of the votes exp(similarity / T)")
 DATA = flags.DEFINE_string("data", None, "a prepared data set; by default the run's")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where it is; by default the run's")
 FOLDER = flags.DEFINE_string("folder", None, "a folder of images, in place of --data")
@@ -42,6 +43,8 @@ def main() -> int:
     ks = []
   if not ks or min(ks) < 1:
     raise UserError(f"--k must be whole numbers from 1 on with commas between, got {','.join(K.value)!r}.")
+  if not positive().holds(TEMPERATURE.value):
+    raise UserError(f"--temperature must be a positive number, got {TEMPERATURE.value}.")
   restored = build.restore_encoder(workdir, STEP.value)
   config = restored.config
   bank = load(config, BANK_SPLIT.value or config.data.split)
@@ -88,7 +91,7 @@ def load(config, split: str | None) -> Dataset:
     raise UserError("the run has no test split: name one by --test_split.")
   named = config.copy_and_resolve_references()
   if FOLDER.value:
-    named.data.folder = FOLDER.value
+    named.data.folder, split = FOLDER.value, split.partition("[")[0]  # the run's splits may be slices
   elif DATA.value:
     named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
   elif DATA_DIR.value:

@@ -23,6 +23,11 @@ def test_check_counts_names_and_measures(tmp_path, capsys):
   assert check.main([str(tmp_path), "--strict"]) == 1
   assert "4 images, 2 skipped:\n  2 empty file: empty.jpg, none.gif" in capsys.readouterr().out
   assert report.read_text() == "empty.jpg\tempty file\nnone.gif\tempty file\n"
+  for wrong in (["--threads=0"], ["--channels=x"], ["--report=/proc/no/report.txt"]):
+    with pytest.raises(SystemExit):
+      check.main([str(tmp_path), *wrong])
+    told = capsys.readouterr().err
+    assert told.startswith("python -m ssl_jax check: error: ") and told.count("\n") == 1, told
   with pytest.raises(SystemExit):
     check.main([str(tmp_path / "nothing")])
 

@@ -73,6 +73,20 @@ def test_words_that_are_no_flags_are_refused_with_the_right_spelling(monkeypatch
     cli.run(lambda: 0)
 
 
+@pytest.mark.parametrize(
+  "script, flag", [("train.py", "--workdir="), ("eval_knn.py", "--folder="), ("eval_knn.py", "--data=")]
+)
+def test_an_empty_flag_is_refused(capsys, script, flag):
+  with pytest.raises(SystemExit, match=rf"error: {flag[:-1]} is empty: is a variable of the shell not set"):
+    cli._parse([script, flag], None)
+
+
+def test_a_recipe_that_may_not_be_read_is_told(monkeypatch):
+  monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+  with pytest.raises(SystemExit, match=r"error: .*quickstart.py: Permission denied"):
+    cli._parse(["train.py", f"--config={ROOT / 'configs' / 'quickstart.py'}"], None)
+
+
 def test_a_config_file_may_stand_apart_from_its_flag(monkeypatch):
   monkeypatch.setattr(cli.flags, "FLAGS", list)
   file = str(ROOT / "configs" / "quickstart.py")

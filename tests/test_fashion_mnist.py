@@ -94,7 +94,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
   (tmp_path / "file").write_text("")
   args = ["fashion_mnist", f"--data_dir={tmp_path / 'file' / 'x'}", f"--from={tmp_path / 'idx'}"]
   assert prepare.main(args) == 1
-  assert capsys.readouterr().err.startswith("error: ")
+  assert capsys.readouterr().err.startswith("python -m ssl_jax prepare: error: /")
 
 
 IMAGES = np.array([0x803, 2, 28, 28], ">u4").tobytes() + bytes(2 * 28 * 28)

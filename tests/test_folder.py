@@ -36,7 +36,7 @@ def names_of(root, *names):
   for name in names:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).touch()
-  return folder.find_images(root)
+  return folder.find_split(root, root).names
 
 
 def test_images_are_found_in_byte_order_without_what_is_hidden_or_none(tmp_path):
@@ -51,7 +51,7 @@ def test_links_are_followed_and_circles_left(tmp_path):
   names_of(tmp_path / "root", "0.png")
   (tmp_path / "root" / "link").symlink_to(tmp_path / "far")
   (tmp_path / "far" / "a" / "up").symlink_to(tmp_path / "root")
-  assert folder.find_images(tmp_path / "root") == ["0.png", "link/a/1.png"]
+  assert folder.find_split(tmp_path / "root", tmp_path / "root").names == ["0.png", "link/a/1.png"]
 
 
 def pictures(root, *names):
@@ -91,6 +91,13 @@ def test_pictures_beside_the_class_folders_have_no_class_and_are_told(tmp_path):
   found = data.load_folder(root, "train")
   assert found.is_labelled and found.labels.tolist() == [0, 1, -1]
   assert found.notes == ("1 image without a class folder: the k-NN leaves them out",)
+
+
+def test_a_folder_has_no_slices_and_an_empty_one_says_what_was_left_out(tmp_path):
+  with pytest.raises(UserError, match=r"a folder of images has no slices, and 'train\[:9\]' is one"):
+    data.load_folder(tmp_path, "train[:9]")
+  with pytest.raises(UserError, match=r"holds no images .*; left out: 1 image in folders of other programs \(@eaDir\)"):
+    data.load_folder(pictures(tmp_path, "@eaDir/0.png"), "train")
 
 
 def test_other_programs_folders_are_left_out_and_told(tmp_path):
@@ -255,7 +262,7 @@ def test_a_crop_that_does_not_fit_and_negative_threads_are_told(photographs):
 def test_names_of_any_bytes_can_be_written(tmp_path):
   photograph(tmp_path / "a.png", 0)
   os.rename(os.fsencode(tmp_path / "a.png"), os.fsencode(tmp_path) + b"/caf\xe9.png")
-  files = folder.Files(str(tmp_path), folder.find_images(tmp_path), 3)
+  files = folder.Files(str(tmp_path), folder.find_split(tmp_path, tmp_path).names, 3)
   assert files.read(0).shape[2] == 3
   (tmp_path / "out.txt").write_text(files.name(0), encoding="utf-8")
   assert files.name(0) == "caf\\xe9.png"

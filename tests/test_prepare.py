@@ -82,6 +82,19 @@ def test_a_folder_is_copied_byte_by_byte_with_its_splits_labels_and_order(tmp_pa
   assert not list((tmp_path / "my_pets").glob("incomplete*")) and not (folder / "lock").exists()
 
 
+def test_what_is_left_out_is_told_and_a_stray_picture_takes_no_labels_away(tmp_path, capsys):
+  for name in ("train/a/0.png", "train/b/1.png", "train/2.png", "train/@eaDir/3.png", "test/a/4.png", "more/5.png"):
+    path = tmp_path / "root" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (4, 4)).save(path)
+  prepare.main(["folder", str(tmp_path / "root"), f"--data_dir={tmp_path}", "--name=mine"])
+  out = capsys.readouterr().out
+  assert "train: 1 image without a class folder" in out and "train: left out: 1 image in folders of other" in out
+  assert "left out: 1 image beside the folder 'train' (in more)" in out
+  images = data.load("mine", "train", data_dir=tmp_path)
+  assert sorted(int(images.label(i)) for i in range(3)) == [-1, 0, 1]
+
+
 def test_images_of_one_kind_and_without_classes(tmp_path):
   root = put(tmp_path / "in", {"1.jpg": picture(1, "jpeg"), "0.jpg": picture(0, "jpeg")})
   folder = prepare.write(sources.folder_source(root), "flat", tmp_path)
@@ -135,14 +148,14 @@ def test_shards_are_as_large_as_asked_and_listed_with_their_checksums(many, tmp_
   for entry in shards:
     assert prepare._sha256(folder / entry["file"]) == entry["sha256"] and entry["bytes"] <= SHARD
   assert list(tfds.builder_from_directory(folder).info.splits["train"].shard_lengths) == [2, 2, 2, 2]
-  names = [name for name in sources.find_images(many) if (many / name).read_bytes() != b"broken"]
+  names = [name for name in sources.find_split(many, many).names if (many / name).read_bytes() != b"broken"]
   assert read_back(folder, "train") == [((many / name).read_bytes(), "ab".index(name[0])) for name in names]
 
 
 @pytest.mark.parametrize("at", [0, 3, 7, 10])
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(many, tmp_path, monkeypatch, at):
   whole = contents(write_many(many, tmp_path / "whole"))
-  names = sources.find_images(many)
+  names = sources.find_split(many, many).names
   asked, check = [], sources.check_image
 
   def killed(name, *args):
@@ -205,7 +218,7 @@ def test_a_damaged_shard_is_found_and_only_it_is_written_again(many, tmp_path, c
 def test_a_damaged_shard_of_images_that_changed_is_an_error(many, tmp_path):
   folder = write_many(many, tmp_path)
   (folder / "many-train.array_record-00000-of-00004").write_bytes(b"")
-  names = [name for name in sources.find_images(many) if (many / name).read_bytes() != b"broken"]
+  names = [name for name in sources.find_split(many, many).names if (many / name).read_bytes() != b"broken"]
   other = sources.to_png(np.zeros((9, 7, 3), np.uint8))
   (many / names[0]).write_bytes(other.ljust((many / names[0]).stat().st_size, b"\0"))
   with pytest.raises(UserError, match="its images have changed since: delete"):

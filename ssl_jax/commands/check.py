@@ -16,9 +16,11 @@ import time
 
 import numpy as np
 
+from ssl_jax.commands import Parser, at_least_one, check_writable
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
 from ssl_jax.data.image import ImageError
+from ssl_jax.errors import UserError
 
 
 def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarray, np.ndarray]:
@@ -33,22 +35,34 @@ def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarr
 
 
 def main(arguments: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="python -m ssl_jax check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("folder", type=pathlib.Path)
-  parser.add_argument("--channels", type=int, default=3)
-  parser.add_argument("--threads", type=int, default=usable_cores())
+  parser.add_argument("--channels", type=at_least_one, default=3)
+  parser.add_argument("--threads", type=at_least_one, default=usable_cores())
   parser.add_argument("--report", type=pathlib.Path, help="a file for all names and reasons of what cannot be read")
   parser.add_argument("--strict", action="store_true")
   args = parser.parse_args(arguments)
-  if not args.folder.is_dir():
-    parser.error(f"there is no folder {args.folder}")
+  try:
+    if not args.folder.is_dir():
+      raise UserError(f"there is no folder {args.folder}")
+    if args.report:
+      check_writable("--report", args.report)
+    return examine_all(args)
+  except UserError as error:
+    parser.error(str(error))
+  except OSError as error:
+    return parser.tell(f"{error.filename}: {error.strerror}")
+
+
+def examine_all(args: argparse.Namespace) -> int:
+  """What the command does with its arguments. Returns the exit status."""
   found = find_files(args.folder)
   names = [name for name in found.names if is_image(name)]
   files = Files(str(args.folder), names, args.channels)
   if not len(files):
-    parser.error(f"{args.folder} holds no images ({', '.join(EXTENSIONS)})")
+    raise UserError("; ".join([f"{args.folder} holds no images ({', '.join(EXTENSIONS)})", *found.notes]))
 
   bad: dict[str, str] = {}
   sizes: collections.Counter = collections.Counter()

@@ -12,7 +12,6 @@ shards and their checksums. A later run checks them, and writes damaged ones aga
 skipped.txt lists the images that could not be read.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -28,6 +27,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
+from ssl_jax.commands import Parser
 from ssl_jax.data import prepared, sources
 from ssl_jax.data.fashion_mnist import PUBLISHED_AT, fashion_mnist_source
 from ssl_jax.errors import UserError
@@ -60,6 +60,8 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
     raise UserError(
       f"a data set's name is of a-z, 0-9 and _, and begins with a letter, got {name!r}: pass --name=NAME."
     )
+  for note in source.notes:
+    print(note)
   folder = data_dir / name / str(VERSION)
   work = folder.with_name(f"incomplete.shards_{folder.name}")
   print_of_source = f"{source.fingerprint}; shards of {shard_bytes} bytes"
@@ -95,7 +97,7 @@ def _path(text):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command. Returns the exit status: 0, or 1 after printing one line about a mistake."""
-  parser = argparse.ArgumentParser(prog="python -m ssl_jax prepare", description=__doc__.split("\n")[0])
+  parser = Parser(prog="python -m ssl_jax prepare", description=__doc__.split("\n")[0])
   names = ["folder", "cifar10", "cifar100", "imagenet2012", *SIZES]
   parser.add_argument("dataset", choices=names, metavar="dataset", help=", ".join(names[:-1]))
   parser.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of images, after the word folder")
@@ -132,9 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       write(sources.imagenet_source(args.source, args.val_labels), args.dataset, args.data_dir)
     else:
       write(sources.cifar_source(args.dataset, args.source), args.dataset, args.data_dir)
-  except (UserError, OSError) as error:  # OSError: no permission, disk full.
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+  except UserError as error:
+    return parser.tell(str(error))
+  except OSError as error:  # no permission, disk full
+    return parser.tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
   return 0
 
 

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from ssl_jax import augment, build, data
 from ssl_jax import config as configs
+from ssl_jax.commands import check_writable
 from ssl_jax.errors import UserError
 from ssl_jax.run import cli, plots
 
@@ -101,6 +102,9 @@ def main() -> None:
   def start():
     if recipe.value is None:
       raise UserError("give a recipe: --config=configs/quickstart.py")
+    if pathlib.Path(out.value).suffix not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+      raise UserError(f"--out must end in .png, .jpg, .jpeg, .pdf or .svg, got {out.value}.")
+    check_writable("--out", pathlib.Path(out.value))
     return draw(recipe.value, pathlib.Path(out.value), images.value)
 
   cli.run(start)

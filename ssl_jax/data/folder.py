@@ -79,23 +79,20 @@ def load_folder(
   top = pathlib.Path(os.path.expanduser(folder))
   if not top.is_dir():
     raise UserError(f"data.folder: there is no folder {top}.")
+  if "[" in split:
+    raise UserError(f"a folder of images has no slices, and {split!r} is one: name a folder in {top}.")
   root = split_folder(top, split)
   if root is None and split != "train":
     raise UserError(f"data.folder: {top} has no folder {split!r}.")
   root = root or top
-  found = find_files(root)
-  names = [name for name in found.names if is_image(name)]
+  found = find_split(top, root)
+  names = found.names
   if not names:
-    raise UserError(f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)}).")
+    raise UserError("; ".join([f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)})", *found.notes]))
   parts = [name.split(os.sep, 1) for name in names]
   classes = sorted({part[0] for part in parts if len(part) > 1}, key=os.fsencode)
   number = {name: i for i, name in enumerate(classes)}
   labels = np.array([number[part[0]] if len(part) > 1 else -1 for part in parts], np.int32)
-  notes = list(found.notes)
-  if classes and (stray := int(np.sum(labels < 0))):
-    notes.append(f"{_images(stray)} without a class folder: the k-NN leaves them out")
-  if root != top and (beside := _images_beside(top, root)):
-    notes.append(f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {_names(beside)})")
   files = Files(str(root), names, channels)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
@@ -105,7 +102,7 @@ def load_folder(
     name=str(folder),
     split=split,
     classes=tuple(classes),
-    notes=tuple(notes),
+    notes=tuple(found.notes),
   )
   if array is None:  # whose crops are others
     return Streamed(images=files, fingerprint=f"{fingerprint}, one by one", reading=reading, **about)
@@ -128,6 +125,18 @@ def split_folder(top: pathlib.Path, split: str) -> pathlib.Path | None:
   return folder if any(x.is_dir() and not _is_others(x.name) for x in folder.iterdir()) else None
 
 
+def find_split(top: pathlib.Path, root: pathlib.Path) -> "Found":
+  """The images of a split's folder `root`, `top` itself or one in it; and what is left out or has no class."""
+  found = find_files(root)
+  names, notes = [name for name in found.names if is_image(name)], list(found.notes)
+  stray = sum(os.sep not in name for name in names)
+  if 0 < stray < len(names):
+    notes.append(f"{_images(stray)} without a class folder: the k-NN leaves them out")
+  if root != top and (beside := _images_beside(top, root)):
+    notes.append(f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {_names(beside)})")
+  return Found(names, notes)
+
+
 def _is_others(name):
   """Whether a folder's name is that of hidden things, or of other programs' thumbnails and remains."""
   return name.startswith(".") or name in OTHER_PROGRAMS
@@ -138,7 +147,7 @@ def _images_beside(top, root):
   counts = {}
   for x in sorted(top.iterdir()):
     if x.is_dir() and x != root and x.name not in SPLITS and not _is_others(x.name):
-      counts[x.name] = len(find_images(x))
+      counts[x.name] = sum(map(is_image, find_files(x).names))
   counts["."] = sum(x.is_file() and is_image(x.name) for x in top.iterdir())
   return {name: count for name, count in counts.items() if count}
 
@@ -150,11 +159,6 @@ def _images(count):
 def _names(mapping):
   names = list(mapping)
   return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-def find_images(root: pathlib.Path) -> list[str]:
-  """The relative paths of all images under a folder, sorted by their bytes."""
-  return [name for name in find_files(root).names if is_image(name)]
 
 
 def is_image(name: str) -> bool:

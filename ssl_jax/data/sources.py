@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from ssl_jax.data.folder import EXTENSIONS, find_images, split_folder
+from ssl_jax.data.folder import EXTENSIONS, find_split, split_folder
 from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.errors import UserError
 
@@ -56,6 +56,7 @@ class Source:
     size: (height, width) of all images; None where they differ.
     channels: of all images.
     homepage, citation, license: where it comes from, and on which terms.
+    notes: what was left out of it, in words.
   """
 
   splits: Mapping[str, Callable[[int], Iterator[Item]]]
@@ -67,6 +68,7 @@ class Source:
   homepage: str = ""
   citation: str = ""
   license: str = ""
+  notes: tuple[str, ...] = ()
 
   def features(self, encoding: str | None) -> Any:
     """TFDS's features, for images that are all `encoding`; None: some are JPEG and some PNG."""
@@ -80,8 +82,8 @@ def folder_source(root: pathlib.Path) -> Source:
 
   If there is a folder train, val or test, those folders are the splits and everything beside them is left out;
   otherwise everything is "train".
-  Classes are numbered over all splits together, in the byte order of their names. A split with an image outside of any
-  class folder has no labels (-1).
+  Classes are numbered over all splits together, in the byte order of their names. An image outside of any class folder
+  has no label (-1).
 
   Raises:
     UserError: no folder, no images, or a class whose name label.labels.txt cannot hold.
@@ -90,26 +92,27 @@ def folder_source(root: pathlib.Path) -> Source:
     raise UserError(f"there is no folder {root}: name the folder that holds the images.")
   roots = {split: folder for split in ("train", "val", "test") if (folder := split_folder(root, split))}
   roots = roots or {"train": root}
-  names = {split: find_images(folder) for split, folder in roots.items()}
-  names = {split: found for split, found in names.items() if found}
+  found = {split: find_split(root, folder) for split, folder in roots.items()}
+  names = {split: x.names for split, x in found.items() if x.names}
+  notes = [f"{split}: {note}" for split, x in found.items() for note in x.notes]
   if not names:
-    raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): name the folder that does.")
-  labelled = [split for split, found in names.items() if all(os.sep in name for name in found)]
-  classes = sorted({name.split(os.sep, 1)[0] for split in labelled for name in names[split]}, key=os.fsencode)
+    raise UserError("; ".join([f"{root} holds no images ({', '.join(EXTENSIONS)})", *notes]))
+  inside = {name.partition(os.sep)[0] for listed in names.values() for name in listed if os.sep in name}
+  classes = sorted(inside, key=os.fsencode)
   for name in classes:
     if not name.isprintable() or name != name.strip():
       raise UserError(f"{root}: the class folder {name!r} has a name that label.labels.txt cannot hold: rename it.")
   number = {name: i for i, name in enumerate(classes)}
   crc = 0
-  for split, found in names.items():
-    for name in found:
+  for split, listed in names.items():
+    for name in listed:
       path = roots[split] / name
       size = path.stat().st_size if path.exists() else -1  # a broken symbolic link
       crc = zlib.crc32(os.fsencode(f"{split}/{name}\0{size}\0"), crc)
 
   def read(split, start):
     for name in itertools.islice(names[split], start, None):
-      label = number[name.split(os.sep, 1)[0]] if split in labelled else -1
+      label = number[name.partition(os.sep)[0]] if os.sep in name else -1
       shown = f"{split}/{name}" if roots[split] != root else name
       try:
         yield check_image(shown, (roots[split] / name).read_bytes(), label)
@@ -118,7 +121,8 @@ def folder_source(root: pathlib.Path) -> Source:
 
   splits = {split: functools.partial(read, split) for split in names}
   fingerprint = f"{sum(map(len, names.values()))} files, {crc:08x}"
-  return Source(splits, classes, fingerprint, f"The images of the folder {root.name}.")
+  description = f"The images of the folder {root.name}."
+  return Source(splits, classes, fingerprint, description, notes=tuple(notes))
 
 
 def check_image(name: str, encoded: bytes, label: int) -> Item:

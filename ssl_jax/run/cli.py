@@ -1,5 +1,6 @@
 """What the commands share: one-line error messages and hints, flags, the compilation cache."""
 
+import errno
 import glob
 import os
 import pathlib
@@ -111,9 +112,13 @@ def _parse(argv, recipe):
   given = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
   if recipe and not given:
     given, argv = [recipe], [argv[0], f"--config={recipe}", *argv[1:]]
+  if empty := next((match[1] for arg in argv if (match := re.fullmatch(r"--?(\w+)=", arg))), None):
+    _fail(f"--{empty} is empty: is a variable of the shell not set?")
   file = given[-1].partition(":")[0] if given else ""
   if file and not pathlib.Path(file).is_file():
     _fail(f"there is no config file {file!r}.")
+  if file and not os.access(file, os.R_OK):
+    _fail(f"{file}: {os.strerror(errno.EACCES)}")
   try:
     left = flags.FLAGS(argv)
     if any(re.match(r"--?config\.views\[", arg) for arg in argv):
