@@ -53,6 +53,10 @@ def main() -> int:
   say(f"step {restored.step} of {workdir}")
   for role, x in (("bank", bank), ("queries", queries)):
     say(f"{role}: {x.name} {x.split}, {len(x):,} images")
+    for note in x.notes:
+      say(f"{role}: {note}")
+  if not queries.is_labelled:
+    raise UserError("none of the queries is of a class that the bank has.")
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size

@@ -106,9 +106,8 @@ def run(config: Any) -> Run:
   """
   configs.check_values(config)
   mesh, views, eval_view = parallel.make_mesh(), configs.views(config), configs.eval_view(config)
-  train_set = dataset(config, config.data.split)
+  train_set = dataset(config, config.data.split).tried()
   configs.check(config, images=len(train_set), devices=mesh.size)
-  train_set.check_readable()
   bank, test_set = knn_sets(config, train_set)
 
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set))
@@ -183,8 +182,8 @@ def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple
   test_set = dataset(config, split) if there and train_set.is_labelled else None
   if test_set is None or not test_set.is_labelled:
     return None, None
-  test_set.check_readable()
-  return train_set.thinned(config.knn.bank_images), test_set.numbered_as(train_set)
+  test_set = test_set.tried().numbered_as(train_set)
+  return (train_set.thinned(config.knn.bank_images), test_set) if test_set.is_labelled else (None, None)
 
 
 def context(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None = AXIS) -> Context:

@@ -198,7 +198,7 @@ def test_more_neighbours_than_the_bank_has_are_told_in_a_line(photographs):
   assert "knn.k=25 is more than the 24 images of the bank: all of them vote" in report.describe(run)
   config.data.test_split = "none"
   lines = report.describe(build.run(config))
-  assert "data.test_split='none' names no labelled images: the online k-NN is off" in lines
+  assert "data.test_split='none' names no images of classes that it trains on: the online k-NN is off" in lines
 
 
 @pytest.mark.slow
@@ -246,8 +246,33 @@ def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):
   assert same.labels.tolist() == [0, 0, 2, 2] == [same.label(i) for i in range(4)]
   np.testing.assert_array_equal(same.original(3), queries.images[3])
   assert same.take(np.array([2])).label(0) == 2
-  with pytest.raises(UserError, match="'train' has classes that 'test' has not: b"):
-    bank.numbered_as(queries)
+  other = bank.numbered_as(queries)
+  assert other.labels.tolist() == [0, 0, -1, -1, 1, 1] and other.classes == ("a", "c")
+  assert other.notes == ("2 of classes that 'test' has not (b): the k-NN leaves them out",)
+
+
+def test_classes_that_only_the_test_set_has_stop_no_run(photographs):
+  (photographs / "val" / "b").rename(photographs / "val" / "z")
+  run = build.run(folder_config(photographs))
+  assert run.test_set.labels.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
+  assert "val: 4 of classes that 'train' has not (z): the k-NN leaves them out" in report.describe(run)
+  (photographs / "val" / "a").rename(photographs / "val" / "y")
+  run = build.run(folder_config(photographs))
+  assert run.test_set is None
+  assert any("names no images of classes that it trains on" in line for line in report.describe(run))
+
+
+def test_copies_and_images_of_one_colour_are_told_at_the_start(tmp_path):
+  (tmp_path / "train" / "a").mkdir(parents=True)
+  for i in range(8):
+    PIL.Image.new("RGB", (5, 5), (200, 0, 10)).save(tmp_path / "train" / "a" / f"{i}.png")
+  photograph(tmp_path / "train" / "a" / "8.png", 0, (6, 6))
+  found = data.load_folder(tmp_path, "train").tried()
+  assert found.notes == (
+    "of 9 images that were looked at, 7 are copies of others, 8 of one colour",
+    "all images are of one class: an accuracy of 100 % says nothing",
+  )
+  assert not data.load("fashion_mnist_mini", "train").tried().notes
 
 
 def test_a_crop_that_does_not_fit_and_negative_threads_are_told(photographs):

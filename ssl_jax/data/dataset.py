@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ssl_jax.augment import EvaluationView, View
+from ssl_jax.data.image import ImageError
 from ssl_jax.errors import UserError
 
 
@@ -28,6 +29,7 @@ class Part:
 
 
 WHOLE = Part()
+_SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
 
 
 def split_named(split: str, there: Collection[str]) -> str:
@@ -110,17 +112,46 @@ class Dataset(abc.ABC):
   def numbered_as(self, other: "Dataset") -> "Dataset":
     """The same images with their classes numbered as in `other`, where both know their classes' names.
 
-    Raises:
-      UserError: `other` lacks some of the classes.
+    Images of a class that `other` has not lose their labels, which `notes` says.
     """
     if self.classes == other.classes or not self.classes or not other.classes or self.labels is None:
       return self
-    unknown = [name for name in self.classes if name not in other.classes]
-    if unknown:
-      raise UserError(f"{self.name} {self.split!r} has classes that {other.split!r} has not: {', '.join(unknown)}.")
-    number = np.array([other.classes.index(name) for name in self.classes], np.int32)
+    number = np.array([other.classes.index(x) if x in other.classes else -1 for x in self.classes], np.int32)
     labels = np.where(self.labels < 0, -1, number[self.labels])
-    return dataclasses.replace(self, labels=labels, classes=other.classes, num_classes=other.num_classes)
+    notes = self.notes
+    if unknown := [name for name in self.classes if name not in other.classes]:
+      lost = np.sum(labels < 0) - np.sum(self.labels < 0)
+      notes += (f"{lost:,} of classes that {other.split!r} has not ({in_short(unknown)}): the k-NN leaves them out",)
+    about: dict[str, Any] = dict(classes=other.classes, num_classes=other.num_classes, notes=notes)
+    return dataclasses.replace(self, labels=labels, **about)
+
+  def tried(self) -> "Dataset":
+    """The same images, after a look at a sample of them; `notes` says what is odd.
+
+    Raises:
+      UserError: more of them cannot be read than a run should replace.
+    """
+    sample = np.unique(np.arange(_SAMPLE) * len(self) // _SAMPLE)
+    bad, prints, flat = [], [], 0
+    for i in map(int, sample):
+      try:
+        pixels = self.original(i)
+      except ImageError as error:
+        bad.append(f"{self.image_name(i)}: {error}")
+        continue
+      prints.append((pixels.shape, zlib.crc32(pixels.tobytes())))
+      flat += bool(np.all(pixels == pixels[0, 0]))
+    if len(bad) > max(1, _MOST_BAD * len(sample)):
+      raise UserError(
+        f"{len(bad)} of {len(sample)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
+        "`python -m ssl_jax check` lists all of them."
+      )
+    notes, copies = list(self.notes), len(prints) - len(set(prints))
+    if copies or flat:
+      notes.append(f"of {len(prints)} images that were looked at, {copies} are copies of others, {flat} of one colour")
+    if self.num_classes == 1:
+      notes.append("all images are of one class: an accuracy of 100 % says nothing")
+    return dataclasses.replace(self, notes=tuple(notes))
 
   def summary(self) -> str:
     """What tells it from another data set, in one line, without a look at its pixels."""
@@ -155,10 +186,6 @@ class Dataset(abc.ABC):
 
     It does where they have to be read from disk, and where one has more than `most` numbers.
     """
-
-  @abc.abstractmethod
-  def check_readable(self) -> None:
-    """Tries some images. Raises UserError where more of them cannot be read than a run should replace."""
 
   @abc.abstractmethod
   def batch_shapes(self, views: Sequence[View], batch_size: int) -> dict[str, Any]:
@@ -197,6 +224,11 @@ class Dataset(abc.ABC):
     `batch_size` is global; of a part: (uint8 [b, size, size, C], labels [b], bool [b]: which could be read). The last
     batch is filled up with what counts as unreadable.
     """
+
+
+def in_short(names: Sequence[str]) -> str:
+  """The first three of some names, and how many more there are."""
+  return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, split_named
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, in_short, split_named
 from ssl_jax.data.image import ImageError, read_image, read_reduced
 from ssl_jax.data.memory import InMemory
 from ssl_jax.data.stream import Streamed
@@ -133,7 +133,9 @@ def find_split(top: pathlib.Path, root: pathlib.Path) -> "Found":
   if 0 < stray < len(names):
     notes.append(f"{_images(stray)} without a class folder: the k-NN leaves them out")
   if root != top and (beside := _images_beside(top, root)):
-    notes.append(f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {_names(beside)})")
+    notes.append(
+      f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {in_short(list(beside))})"
+    )
   return Found(names, notes)
 
 
@@ -154,11 +156,6 @@ def _images_beside(top, root):
 
 def _images(count):
   return f"{count:,} image{'' if count == 1 else 's'}"
-
-
-def _names(mapping):
-  names = list(mapping)
-  return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def is_image(name: str) -> bool:
@@ -196,7 +193,7 @@ def find_files(root: pathlib.Path) -> Found:
         names.append(name if prefix == "." else os.path.join(prefix, name))
   notes = []
   if count := sum(others.values()):
-    notes.append(f"left out: {_images(count)} in folders of other programs ({_names(others)})")
+    notes.append(f"left out: {_images(count)} in folders of other programs ({in_short(list(others))})")
   if unlisted:
     first = unlisted[0]
     notes.append(f"folders that cannot be listed: {len(unlisted):,}, such as {first.filename} ({first.strerror})")

@@ -42,9 +42,6 @@ class InMemory(Dataset):
       return None
     return self.images if self._is_whole(view) else np.stack([centre_crop(x, view) for x in self.images])
 
-  def check_readable(self) -> None:
-    """They have been read."""
-
   def batch_shapes(self, views: Sequence[View], batch_size: int) -> dict[str, Any]:
     del views
     return {"image": jax.ShapeDtypeStruct((batch_size, *self.images.shape[1:]), np.uint8)}

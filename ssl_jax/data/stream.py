@@ -18,8 +18,6 @@ from ssl_jax.data.image import ImageError
 from ssl_jax.data.pipeline import batched, ordered_batches
 from ssl_jax.errors import UserError
 
-_SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
-
 
 class Images(Protocol):
   """Images that are read one by one; may be sent to other processes."""
@@ -88,20 +86,6 @@ class Streamed(Dataset):
   def pixels(self, view: EvaluationView, most: int) -> np.ndarray | None:
     del view, most
     return None
-
-  def check_readable(self) -> None:
-    tried = np.unique(np.arange(_SAMPLE) * len(self) // _SAMPLE)
-    bad = []
-    for i in tried:
-      try:
-        self.images.read(int(i))
-      except ImageError as error:
-        bad.append(f"{self.images.name(int(i))}: {error}")
-    if len(bad) > max(1, _MOST_BAD * len(tried)):
-      raise UserError(
-        f"{len(bad)} of {len(tried)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
-        "`python -m ssl_jax check` lists all of them."
-      )
 
   def batch_shapes(self, views: Sequence[View], batch_size: int) -> dict[str, Any]:
     return {"image": crop_shapes(views, batch_size, self.channels)}

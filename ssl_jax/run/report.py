@@ -36,7 +36,11 @@ def describe(run: "Run") -> list[str]:
     lines.append(f"images of {channels} channels: colour jitter and grayscale are left out")
   if not run.test_set:
     labelled = run.train_set.is_labelled
-    missing = f"data.test_split={config.data.test_split!r} names no labelled images" if labelled else "no labels"
+    missing = (
+      f"data.test_split={config.data.test_split!r} names no images of classes that it trains on"
+      if labelled
+      else "no labels"
+    )
     lines.append(f"{missing}: the online k-NN is off")
   elif run.bank and config.knn.k > len(run.bank):
     lines.append(f"knn.k={config.knn.k} is more than the {len(run.bank)} images of the bank: all of them vote")
