@@ -21,6 +21,7 @@ from ssl_jax import config as configs
 from ssl_jax import data, flops, methods, models, optim, parallel, training
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset
+from ssl_jax.data.image import Window
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import features
 from ssl_jax.methods.base import AXIS, Context, Method
@@ -92,6 +93,7 @@ class Run(NamedTuple):
       "images": len(self.train_set),
       "files": self.train_set.fingerprint,
       "channels": self.train_set.channels,
+      "window": self.train_set.window and list(self.train_set.window),
       "classes": list(self.train_set.classes),
       "steps": self.steps,
       "steps_per_epoch": self.steps_per_epoch,
@@ -167,9 +169,10 @@ def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Progra
   return Program(learning_rate, optimizer, method, encoder, init, state, training.compile_step(step, state, mesh))
 
 
-def dataset(config: Any, split: str) -> Dataset:
-  """A split of the data that a config names."""
+def dataset(config: Any, split: str, window: Window | None = None) -> Dataset:
+  """A split of the data that a config names; `window` is another split's, where the config does not set it."""
   settings: dict[str, Any] = dict(channels=config.data.channels, reading=configs.reading(config))
+  settings["window"] = tuple(given) if (given := config.data.get("window")) else window
   if config.data.folder:
     return data.load_folder(config.data.folder, split, **settings)
   return data.load(config.data.name, split, data_dir=config.data.data_dir, **settings)
@@ -179,7 +182,7 @@ def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple
   """(bank, queries) of the online k-NN, numbered alike; Nones where one of them has no labels."""
   folder, split = config.data.folder, config.data.test_split
   there = split and (not folder or data.folder.split_folder(pathlib.Path(os.path.expanduser(folder)), split))
-  test_set = dataset(config, split) if there and train_set.is_labelled else None
+  test_set = dataset(config, split, train_set.window) if there and train_set.is_labelled else None
   if test_set is None or not test_set.is_labelled:
     return None, None
   test_set = test_set.tried().numbered_as(train_set)
@@ -249,6 +252,7 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
     raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
   assert step is not None
   resolved = read_resolved(workdir)
+  config.data.window = config.data.get("window") or resolved.get("window")  # as the run measured it
   # Schedules end at `steps`, which no evaluation sees: runs that did not write it are as long as they came.
   steps = resolved.get("steps", max(step, 1))
   method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))

@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
     split=text(required=True),
     test_split=optional(Setting(lambda x: isinstance(x, str), "a text")),  # an empty one: no k-NN
     channels=whole(required=True),
+    window=optional(Setting(lambda x: span(-math.inf, math.inf).holds(x) and x[0] < x[1], "two numbers, low < high")),
     threads=optional(whole(0)),
     workers=optional(whole(0)),
     reduced_decoding=optional(flag()),
@@ -97,6 +98,7 @@ def base() -> ml_collections.ConfigDict:
   config.data.split = "train"
   config.data.test_split = "test"
   config.data.channels = 3
+  config.data.window = config_dict.placeholder(tuple)  # values over 8 bits that become 0 and 255; None: measured
   config.data.threads = config_dict.placeholder(int)  # that decode images; None: one a core
   config.data.workers = 0  # processes that decode in place of this one
   # JPEGs with more pixels than crops need are decoded smaller, for training alone: faster, other numbers.

@@ -14,7 +14,7 @@ from test_train import small_config
 from ssl_jax import augment, data
 from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data import Reading, folder
+from ssl_jax.data import Reading, stream
 from ssl_jax.data import crop as cropping
 from ssl_jax.data.crop import centre_crop, cut_views, least_pixels
 from ssl_jax.data.image import ImageError
@@ -226,14 +226,14 @@ def test_crops_of_a_reduced_image_are_of_the_same_parts_of_it(n, size, monkeypat
 def test_jpegs_are_reduced_only_if_asked_and_as_far_as_the_smallest_crop_allows(tmp_path, monkeypatch):
   for i in range(5):
     photograph(tmp_path / f"{i}.jpg", i, (240 + i, 160))
-  images, read_image, seen = data.load_folder(tmp_path, "train").images, folder.read_reduced, []
+  images, read_image, seen = data.load_folder(tmp_path, "train").images, stream.read_reduced, []
 
   def noted(*args):
     pixels, size = read_image(*args)
     seen.append((pixels.shape[1], size[1]))
     return pixels, size
 
-  monkeypatch.setattr(folder, "read_reduced", noted)
+  monkeypatch.setattr(stream, "read_reduced", noted)
   plain = read(images, 0, 2, threads=0)
   assert not seen
   reduced = read(images, 0, 2, threads=0, reduced=True)

@@ -240,7 +240,7 @@ def small_config(**overrides):
 
 def folder_config(root, **overrides):
   given = {"data.folder": str(root), "data.split": "train", "data.test_split": "val", "data.channels": 3}
-  return small_config(**given, **{"batch_size": 8, "steps": 9, "log_every_steps": 1, **overrides})
+  return small_config(**{**given, "batch_size": 8, "steps": 9, "log_every_steps": 1, **overrides})
 
 
 @SLOW

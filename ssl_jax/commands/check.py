@@ -10,6 +10,7 @@ if any image cannot be read.
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import pathlib
 import sys
 import time
@@ -17,21 +18,23 @@ import time
 import numpy as np
 
 from ssl_jax.commands import Parser, at_least_one, check_writable
-from ssl_jax.data.dataset import usable_cores
+from ssl_jax.data.dataset import in_short, in_words, usable_cores
 from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
-from ssl_jax.data.image import ImageError
+from ssl_jax.data.image import ImageError, taking_turns
 from ssl_jax.errors import UserError
 
+FEW = 32  # levels of 256 below which an image is told
 
-def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarray, np.ndarray]:
-  """(what is wrong or None, shape, sums and sums of squares by channel in [0, 1]) of one image."""
+
+def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarray]:
+  """(what is wrong or None, shape, how many pixels of each channel have each of the 256 levels) of one image."""
   try:
-    pixels = files.read(i)
+    with taking_turns():
+      pixels = files.read(i)
+      levels = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(files.channels)])
+      return None, pixels.shape, levels
   except ImageError as error:
-    return str(error), (), np.zeros(files.channels), np.zeros(files.channels)
-  levels = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(files.channels)])
-  values = np.arange(256) / 255
-  return None, pixels.shape, levels @ values, levels @ values**2
+    return str(error), (), np.zeros((files.channels, 256), int)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,17 +64,20 @@ def examine_all(args: argparse.Namespace) -> int:
   found = find_files(args.folder)
   names = [name for name in found.names if is_image(name)]
   files = Files(str(args.folder), names, args.channels)
+  files = dataclasses.replace(files, window=files.measured())
   if not len(files):
     raise UserError("; ".join([f"{args.folder} holds no images ({', '.join(EXTENSIONS)})", *found.notes]))
 
   bad: dict[str, str] = {}
   sizes: collections.Counter = collections.Counter()
-  pixels, sums, squares, start = 0, np.zeros(args.channels), np.zeros(args.channels), time.time()
+  levels, flat, start = np.zeros((args.channels, 256), int), [], time.time()
   with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-    for i, (reason, shape, s, q) in enumerate(pool.map(lambda i: examine(files, i), range(len(files)))):
+    for i, (reason, shape, of_image) in enumerate(pool.map(lambda i: examine(files, i), range(len(files)))):
       if reason is None:
         sizes[shape[1::-1]] += 1
-        pixels, sums, squares = pixels + shape[0] * shape[1], sums + s, squares + q
+        levels += of_image
+        if np.count_nonzero(of_image.any(axis=0)) < FEW:
+          flat.append(files.name(i))
       else:
         bad[files.name(i)] = reason
       if sys.stderr.isatty() and (i + 1) % 50 == 0:
@@ -94,16 +100,20 @@ def examine_all(args: argparse.Namespace) -> int:
   if others:
     common = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
     print(f"left out by their names: {common}{', ...' if len(others) > 5 else ''}")
-  for note in found.notes:
+  for note in (*found.notes, *in_words(files.window, measured=True)):
     print(note)
+  if flat:
+    wide = "" if files.window is None else "; a narrower data.window may tell more of them apart"
+    print(f"{len(flat):,} with fewer than {FEW} levels, such as {in_short(flat)}{wide}")
   if sizes:
     common = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
     print(f"{len(sizes):,} sizes, width x height: {common}{', ...' if len(sizes) > 5 else ''}")
     if len(sizes) > 1:
       least, most = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
       print(f"the smallest is {least[0]}x{least[1]}, the largest {most[0]}x{most[1]}")
-    mean = sums / pixels
-    std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
+    values, pixels = np.arange(256) / 255, levels[0].sum()
+    mean = levels @ values / pixels
+    std = np.sqrt(np.maximum(levels @ values**2 / pixels - mean**2, 0))
     shown = [", ".join(f"{x:.4f}" for x in values) for values in (mean, std)]
     print(f"mean ({shown[0]}), std ({shown[1]}), in [0, 1]")
   if args.report:

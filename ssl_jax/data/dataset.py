@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data.image import ImageError
+from ssl_jax.data.image import ImageError, Window
 from ssl_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Part:
 
 
 WHOLE = Part()
-_SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
+SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the share of them that may be unreadable
 
 
 def split_named(split: str, there: Collection[str]) -> str:
@@ -80,6 +80,7 @@ class Dataset(abc.ABC):
     classes: names of the classes, where they are folders.
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
     reading: how many threads and processes read it.
+    window: what of values of more than 8 bits is read, see `image.read_image`; None: there are none.
     notes: what was left out of it, in words.
   """
 
@@ -91,6 +92,7 @@ class Dataset(abc.ABC):
   classes: tuple[str, ...] = ()
   fingerprint: str = ""
   reading: Reading = ALL_CORES
+  window: Window | None = None
   notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
@@ -120,7 +122,7 @@ class Dataset(abc.ABC):
     labels = np.where(self.labels < 0, -1, number[self.labels])
     notes = self.notes
     if unknown := [name for name in self.classes if name not in other.classes]:
-      lost = np.sum(labels < 0) - np.sum(self.labels < 0)
+      lost = int(np.sum(labels < 0)) - int(np.sum(self.labels < 0))
       notes += (f"{lost:,} of classes that {other.split!r} has not ({in_short(unknown)}): the k-NN leaves them out",)
     about: dict[str, Any] = dict(classes=other.classes, num_classes=other.num_classes, notes=notes)
     return dataclasses.replace(self, labels=labels, **about)
@@ -131,7 +133,7 @@ class Dataset(abc.ABC):
     Raises:
       UserError: more of them cannot be read than a run should replace.
     """
-    sample = np.unique(np.arange(_SAMPLE) * len(self) // _SAMPLE)
+    sample = np.unique(np.arange(SAMPLE) * len(self) // SAMPLE)
     bad, prints, flat = [], [], 0
     for i in map(int, sample):
       try:
@@ -139,8 +141,9 @@ class Dataset(abc.ABC):
       except ImageError as error:
         bad.append(f"{self.image_name(i)}: {error}")
         continue
-      prints.append((pixels.shape, zlib.crc32(pixels.tobytes())))
-      flat += bool(np.all(pixels == pixels[0, 0]))
+      prints.append((pixels.shape, zlib.crc32(pixels.data)))
+      flat += bool(np.all(pixels.min(axis=(0, 1)) == pixels.max(axis=(0, 1))))
+      del pixels  # which may be large, before the next one is read
     if len(bad) > max(1, _MOST_BAD * len(sample)):
       raise UserError(
         f"{len(bad)} of {len(sample)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
@@ -229,6 +232,14 @@ class Dataset(abc.ABC):
 def in_short(names: Sequence[str]) -> str:
   """The first three of some names, and how many more there are."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def in_words(window: Window | None, measured: bool) -> list[str]:
+  """A note of which values of more than 8 bits are read as 0 to 255."""
+  if window is None:
+    return []
+  how = f"measured on {SAMPLE} images at most" if measured else "given by data.window"
+  return [f"values from {window[0]:g} to {window[1]:g} are read as 0 to 255 ({how})"]
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

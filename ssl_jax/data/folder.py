@@ -8,39 +8,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, in_short, split_named
-from ssl_jax.data.image import ImageError, read_image, read_reduced
-from ssl_jax.data.memory import InMemory
-from ssl_jax.data.stream import Streamed
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, in_short, in_words, split_named
+from ssl_jax.data.image import ImageError, Window
+from ssl_jax.data.memory import LARGEST, InMemory
+from ssl_jax.data.stream import Images, Streamed
 from ssl_jax.errors import UserError
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 OTHER_PROGRAMS = frozenset({"@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"})
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-  """Image files that are read one by one (see `stream.Images`).
+class Files(Images):
+  """Image files that are read one by one.
 
   Attributes:
     root: the folder.
     names: paths in it.
-    channels: of the arrays, see `read_image`.
+    channels, window: of the arrays, see `image.read_image`.
   """
 
   root: str
   names: list[str]
   channels: int
+  window: Window | None = None
 
   def __len__(self) -> int:
     return len(self.names)
 
-  def read(self, i: int) -> np.ndarray:
-    return read_image(os.path.join(self.root, self.names[i]), self.channels)
-
-  def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
-    return read_reduced(os.path.join(self.root, self.names[i]), self.channels, least)
+  def source(self, i: int) -> str:
+    return os.path.join(self.root, self.names[i])
 
   def label(self, i: int) -> int:
     return -1  # The data set knows them, by the folders.
@@ -49,11 +47,17 @@ class Files:
     return os.fsencode(self.names[i]).decode("utf-8", "backslashreplace")  # whatever bytes the name has
 
   def take(self, indices: np.ndarray) -> "Files":
-    return Files(self.root, [self.names[i] for i in indices], self.channels)
+    return dataclasses.replace(self, names=[self.names[i] for i in indices])
 
 
 def load_folder(
-  folder: str | os.PathLike, split: str, *, channels: int = 3, max_bytes: int = 4 << 30, reading: Reading = ALL_CORES
+  folder: str | os.PathLike,
+  split: str,
+  *,
+  channels: int = 3,
+  max_bytes: int = 512 << 20,
+  window: Window | None = None,
+  reading: Reading = ALL_CORES,
 ) -> Dataset:
   """Finds the images of `folder/split/class/**` or, where there is no such split folder, `folder/class/**`.
 
@@ -66,10 +70,11 @@ def load_folder(
     split: "train", "test", or any folder in it.
     channels: 3, 1 or n, see `read_image`.
     max_bytes: the largest array to allocate.
+    window: for values of more than 8 bits, see `read_image`; None: measured on a sample of the images.
     reading: how they are decoded where they are read one by one.
 
   Returns:
-    Dataset: `InMemory` where all can be read, are of one size and fit in `max_bytes`, and `Streamed` otherwise.
+    Dataset: `InMemory` where all can be read, are of one small size and fit in `max_bytes`, and `Streamed` otherwise.
 
   Raises:
     UserError: no folder or no images.
@@ -94,6 +99,7 @@ def load_folder(
   number = {name: i for i, name in enumerate(classes)}
   labels = np.array([number[part[0]] if len(part) > 1 else -1 for part in parts], np.int32)
   files = Files(str(root), names, channels)
+  files = dataclasses.replace(files, window=window or files.measured())
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
   about: dict[str, Any] = dict(
@@ -102,7 +108,8 @@ def load_folder(
     name=str(folder),
     split=split,
     classes=tuple(classes),
-    notes=tuple(found.notes),
+    window=files.window,
+    notes=(*found.notes, *in_words(files.window, measured=window is None)),
   )
   if array is None:  # whose crops are others
     return Streamed(images=files, fingerprint=f"{fingerprint}, one by one", reading=reading, **about)
@@ -209,7 +216,7 @@ def _in_memory(files, max_bytes):
     except ImageError:
       return None
     if images is None:
-      if pixels.nbytes * len(files) > max_bytes:
+      if pixels.nbytes > LARGEST or pixels.nbytes * len(files) > max_bytes:
         return None
       images = np.empty((len(files), *pixels.shape), np.uint8)
     if pixels.shape != images.shape[1:]:

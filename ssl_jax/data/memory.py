@@ -12,6 +12,8 @@ from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.dataset import WHOLE, Dataset, Part, batch_indices
 from ssl_jax.data.pipeline import ordered_batches
 
+LARGEST = 3 * 256**2  # bytes of an image: the step makes floats of whole images, a batch of them at once
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InMemory(Dataset):

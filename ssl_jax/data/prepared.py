@@ -14,10 +14,10 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, split_named, to_pixels
-from ssl_jax.data.image import ImageError, read_image, read_reduced
-from ssl_jax.data.memory import InMemory
-from ssl_jax.data.stream import Streamed
+from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, in_words, split_named, to_pixels
+from ssl_jax.data.image import ImageError, Window, read_image
+from ssl_jax.data.memory import LARGEST, InMemory
+from ssl_jax.data.stream import Images, Streamed
 from ssl_jax.errors import UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -36,6 +36,7 @@ def load(
   data_dir: str | os.PathLike | None = None,
   channels: int = 3,
   max_bytes: int = 4 << 30,
+  window: Window | None = None,
   reading: Reading = ALL_CORES,
 ) -> Dataset:
   """Opens a split of any image data set that TFDS has prepared in ArrayRecord form.
@@ -51,11 +52,12 @@ def load(
       `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
     channels: 3 (grey images are repeated) or 1 (colours become ITU-R 601 luma, rounded as Pillow's mode L).
     max_bytes: the largest array to allocate.
+    window: for values of more than 8 bits, see `read_image`; None: measured on a sample of the images.
     reading: how images are decoded where they are streamed.
 
   Returns:
-    Dataset, in the order on disk: `InMemory` where the images are of one size and fit in `max_bytes`, and `Streamed`
-    otherwise.
+    Dataset, in the order on disk: `InMemory` where the images are of one small size and fit in `max_bytes`, and
+    `Streamed` otherwise.
 
   Raises:
     UserError: the set, the version or the split is not there, is not in ArrayRecord form, was not prepared to
@@ -72,12 +74,17 @@ def load(
   labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
   needed = n * height * width * channels if height and width else math.inf
-  if needed > max_bytes and encoded:
+  measured = window is None
+  if encoded:
     records = Records(str(builder.data_dir), split, channels, labelled, n)
+    window = window or records.measured()
+    records = dataclasses.replace(records, window=window)
+  notes: dict[str, Any] = dict(window=window, notes=tuple(in_words(window, measured))) if encoded else {}
+  if encoded and (needed > max_bytes or height * width * channels > LARGEST):
     num_classes = (getattr(label, "num_classes", None) or 1) if labelled else 0
     known = None if labelled else np.full(n, -1, np.int32)
     about: dict[str, Any] = dict(num_classes=num_classes, name=name, split=split, reading=reading)
-    return Streamed(images=records, labels=known, **about)
+    return Streamed(images=records, labels=known, **about, **notes)
   if needed > max_bytes:
     most = max_bytes // (height * width * channels)
     raise UserError(
@@ -87,7 +94,7 @@ def load(
     )
 
   images, labels = np.empty((n, height, width, channels), np.uint8), np.full(n, -1, np.int32)
-  for i, (image, example) in enumerate(_decoded(builder, split, n, channels, prepare)):
+  for i, (image, example) in enumerate(_decoded(builder, split, n, channels, window, prepare)):
     if image.shape != images.shape[1:]:
       raise UserError(
         f"{name} {split!r}: image {i} is {image.shape[0]}x{image.shape[1]}, where its features.json says "
@@ -97,17 +104,18 @@ def load(
     if labelled:
       labels[i] = example["label"]
   num_classes = (getattr(label, "num_classes", None) or int(labels.max()) + 1) if labelled else 0
-  return InMemory(images=images, labels=labels, num_classes=num_classes, name=name, split=split, reading=reading)
+  about = dict(labels=labels, num_classes=num_classes, name=name, split=split, reading=reading)
+  return InMemory(images=images, **about, **notes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
-  """Encoded images of a prepared split that are read one by one (see `stream.Images`).
+class Records(Images):
+  """Encoded images of a prepared split that are read one by one.
 
   Attributes:
     folder: of the prepared version.
     split: as for `load`.
-    channels: of the arrays, see `read_image`.
+    channels, window: of the arrays, see `image.read_image`.
     labelled: whether the feature `label` is a class.
     size: number of images.
     indices: their indices in the split; None: all.
@@ -119,24 +127,19 @@ class Records:
   labelled: bool
   size: int
   indices: np.ndarray | None = None
+  window: Window | None = None
 
   def __len__(self) -> int:
     return self.size
 
-  def read(self, i: int) -> np.ndarray:
-    return read_image(self.encoded(i), self.channels)
-
-  def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
-    return read_reduced(self.encoded(i), self.channels, least)
-
-  def encoded(self, i: int) -> bytes:
+  def source(self, i: int) -> bytes:
     try:
-      return self.source[self.place(i)]["image"]
+      return self.records[self.place(i)]["image"]
     except Exception as error:  # ArrayRecord and protobuf can raise any exception on damaged bytes.
       raise ImageError(f"damaged record ({_brief(error)})") from error
 
   def label(self, i: int) -> int:
-    return int(self.source[self.place(i)]["label"]) if self.labelled else -1
+    return int(self.records[self.place(i)]["label"]) if self.labelled else -1
 
   def name(self, i: int) -> str:
     return f"record {self.place(i)} of {self.split}"
@@ -149,13 +152,13 @@ class Records:
     return int(i if self.indices is None else self.indices[i])
 
   @functools.cached_property
-  def source(self) -> Any:
+  def records(self) -> Any:
     decoders = {"image": tfds.decode.SkipDecoding()}
     builder = open_prepared(pathlib.Path(self.folder))
     return builder.as_data_source(self.split, decoders=decoders, file_format="array_record")
 
   def __reduce__(self) -> Any:  # Each process opens readers of its own.
-    return Records, (self.folder, self.split, self.channels, self.labelled, self.size, self.indices)
+    return Records, (self.folder, self.split, self.channels, self.labelled, self.size, self.indices, self.window)
 
 
 def open_prepared(folder: pathlib.Path, prepare: str = "prepare it again") -> Any:
@@ -318,7 +321,7 @@ def _image_size(builder, name):
   return shape[:2]
 
 
-def _decoded(builder, split, n, channels, prepare):
+def _decoded(builder, split, n, channels, window, prepare):
   """Yields (pixels uint8 [h, w, channels], example) for the n examples of a split, in the order on disk."""
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
   # Pillow decodes below, which avoids TFDS's own decoding and its warning about OpenCV.
@@ -327,15 +330,15 @@ def _decoded(builder, split, n, channels, prepare):
     source = builder.as_data_source(split, decoders=decoders, file_format="array_record")
     for start in range(0, n, _READ_AT_ONCE):
       for example in source.__getitems__(list(range(start, min(start + _READ_AT_ONCE, n)))):
-        yield _pixels(example["image"], channels), example
+        yield _pixels(example["image"], channels, window), example
   except Exception as error:  # ArrayRecord, protobuf and Pillow can raise any exception on damaged bytes.
     raise UserError(f"{builder.data_dir} holds damaged records ({_brief(error)}). Delete it and {prepare}") from error
 
 
-def _pixels(value, channels):
+def _pixels(value, channels, window):
   """An encoded image, or a uint8 array [h, w] or [h, w, c], as uint8 [h, w, channels]."""
   if isinstance(value, bytes):
-    return read_image(value, channels)  # decoded as in streaming
+    return read_image(value, channels, window)  # decoded as in streaming
   return to_pixels(PIL.Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value), channels)
 
 

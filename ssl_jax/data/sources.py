@@ -21,7 +21,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from ssl_jax.data.folder import EXTENSIONS, find_split, split_folder
-from ssl_jax.data.image import ImageError, read_image
+from ssl_jax.data.image import ImageError, page_count, read_image, value_range
 from ssl_jax.errors import UserError
 
 CIFAR_AT = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -126,14 +126,18 @@ def folder_source(root: pathlib.Path) -> Source:
 
 
 def check_image(name: str, encoded: bytes, label: int) -> Item:
-  """Keeps JPEG and PNG as they are; converts other formats to PNG by `read_image`."""
+  """Keeps JPEG and PNG as they are; converts other formats to PNG by `read_image`, where nothing of them is lost."""
   try:
     pixels = read_image(encoded)
+    if encoded.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+      return Item(name, encoded, label)
+    if (pages := page_count(encoded)) > 1:
+      raise ImageError(f"{pages} pages, of which one would be kept: train on the folder itself")
+    if value_range(encoded) is not None:
+      raise ImageError("more than 8 bits, which would be lost: save it as a 16-bit PNG, or train on the folder itself")
+    return Item(name, to_png(pixels), label)
   except ImageError as error:
     return Item(name, None, label, str(error))
-  if not encoded.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-    encoded = to_png(pixels)
-  return Item(name, encoded, label)
 
 
 def to_png(pixels: np.ndarray, *, smallest: bool = False) -> bytes:

@@ -4,50 +4,75 @@ Every batch is a pure function of (seed, step), computed by Grain's threads or w
 takes it. So nothing of the input is in a checkpoint, and a run resumes at its next example with any number of them.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from ssl_jax.augment import EvaluationView, View, crop_shapes
 from ssl_jax.data.crop import centre_crop, cut_views, least_pixels
-from ssl_jax.data.dataset import WHOLE, Dataset, Part, batch_indices
-from ssl_jax.data.image import ImageError
+from ssl_jax.data.dataset import SAMPLE, WHOLE, Dataset, Part, batch_indices
+from ssl_jax.data.image import ImageError, Window, read_image, read_reduced, taking_turns, value_range
 from ssl_jax.data.pipeline import batched, ordered_batches
 from ssl_jax.errors import UserError
 
+# Larger than what malloc keeps for each thread: Pillow's memory for a large image goes back as soon as it is cropped.
+PIL.Image.core.set_block_size(64 << 20)
 
-class Images(Protocol):
-  """Images that are read one by one; may be sent to other processes."""
 
-  @property
-  def channels(self) -> int:
-    """Of every image."""
-    ...
+class Images(abc.ABC):
+  """Images that are read one by one; may be sent to other processes.
 
+  Attributes:
+    channels: of every image.
+    window: for values of more than 8 bits, see `image.read_image`.
+  """
+
+  channels: int
+  window: Window | None
+
+  @abc.abstractmethod
   def __len__(self) -> int: ...
+
+  @abc.abstractmethod
+  def source(self, i: int) -> str | bytes:
+    """The path or the bytes of image i. Raises `ImageError` where they cannot be had."""
 
   def read(self, i: int) -> np.ndarray:
     """Image i, uint8 [H, W, C] of any size. Raises `ImageError` where it cannot be read."""
-    ...
+    return read_image(self.source(i), self.channels, self.window)
 
   def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
     """Image i, maybe smaller, of at least so many pixels; and its real height and width. Raises as `read`."""
-    ...
+    return read_reduced(self.source(i), self.channels, least, self.window)
 
+  @abc.abstractmethod
   def label(self, i: int) -> int:
     """Its class, -1 where there is none; asked where a data set does not have the labels of all."""
-    ...
 
+  @abc.abstractmethod
   def name(self, i: int) -> str:
     """What it is called, for people."""
-    ...
 
+  @abc.abstractmethod
   def take(self, indices: np.ndarray) -> "Images":
     """Some of the images."""
-    ...
+
+  def measured(self) -> Window | None:
+    """The window that holds the values of a sample of the images; None: none of them has more than 8 bits."""
+    low, high = math.inf, -math.inf
+    for i in np.unique(np.arange(SAMPLE) * len(self) // SAMPLE):
+      try:
+        found = value_range(self.source(int(i)))
+      except ImageError:
+        continue
+      if found:
+        low, high = min(low, found[0]), max(high, found[1])
+    return (low, high if high > low else low + 1) if low <= high else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +116,11 @@ class Streamed(Dataset):
     return {"image": crop_shapes(views, batch_size, self.channels)}
 
   def example(self, index: int, views: Sequence[View], entropy: tuple[int, int, int]) -> dict[str, Any]:
-    pixels, size, found = self.read_or_next(index, least_pixels(views, self.reading.reduced))
-    return {"image": cut_views(pixels, views, entropy, size), "index": np.int64(found), "wanted": np.int64(index)}
+    with taking_turns():
+      pixels, size, found = self.read_or_next(index, least_pixels(views, self.reading.reduced))
+      crops = cut_views(pixels, views, entropy, size)
+      del pixels
+    return {"image": crops, "index": np.int64(found), "wanted": np.int64(index)}
 
   def batches(
     self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
@@ -112,7 +140,8 @@ class Streamed(Dataset):
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
     def example(i):
-      return centre_crop(self.images.read(i), view), self.label(i)
+      with taking_turns():
+        return centre_crop(self.images.read(i), view), self.label(i)
 
     shape = view.size, view.size, self.channels
     yield from ordered_batches(example, len(self), shape, batch_size, self.reading.thread_count, part)

@@ -37,7 +37,7 @@ def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
   configs.check_same(run.config, json.loads((workdir / "config.json").read_text()))
-  then = read_resolved(workdir)
+  then = {"window": None} | read_resolved(workdir)  # older versions measured none
   differ = {key: (then[key], now) for key, now in run.resolved().items() if key in then and then[key] != now}
   if differ:
     texts = "; ".join(f"{key}: {before} then, now {now}" for key, (before, now) in differ.items())
