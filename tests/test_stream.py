@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from absl import flags
 from photographs import photograph
 from test_augment import kolmogorov_smirnov
 from test_train import small_config
@@ -22,7 +21,6 @@ from ssl_jax.data.memory import InMemory
 from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 
-flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
 VIEWS = (View(12, scale=(0.2, 1.0)), View(8, scale=(0.1, 0.4)), View(12, interpolation="bicubic"))
 
 
@@ -88,7 +86,7 @@ def test_batches_depend_on_seed_and_step_alone_however_they_are_read_and_whereve
 
 
 def test_workers_read_the_same_and_nothing_holds_their_shared_memory_after_the_last_batch():
-  want = read(Noise(13))
+  want = read(Noise(13))  # and nobody has parsed absl's flags, which Grain sends to its workers
   gc.collect()
   gc.disable()  # Python would warn of what is held in a cycle when it ends.
   try:

@@ -299,7 +299,7 @@ assert train.main(config, pathlib.Path(folder) / "run") == 0
 @pytest.mark.parametrize(
   "code, copies, most",
   [
-    (READING, 4, 1.4e9),
+    (READING, 3, 1.4e9),
     pytest.param(TRAINING, 4, 1.5e9, marks=pytest.mark.slow),
     pytest.param(TRAINING, 128, 1.5e9, marks=pytest.mark.slow),
   ],

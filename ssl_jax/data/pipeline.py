@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from ssl_jax.data.dataset import Part
 from ssl_jax.data.image import ImageError
@@ -19,6 +20,8 @@ def batched(start, stop, example, batch_size, threads, workers):
   """Batches of example(i) for i from start to stop, in order, made ahead by threads or worker processes."""
   dataset = grain.MapDataset.range(start, stop).map(example)
   if workers:  # They take turns at whole batches: one message each.
+    if not flags.FLAGS.is_parsed():  # Grain's workers are sent the flags, which a notebook has not parsed.
+      flags.FLAGS.mark_as_parsed()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=min(threads, 2))
     iterated = dataset.batch(batch_size).to_iter_dataset(options)
     batches = iter(iterated.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker))

@@ -84,8 +84,6 @@ class Streamed(Dataset):
   pixels than the view (`crop.least_pixels`). The crops show the same parts; on photographs they differ by 0.6 gray
   levels on average for SimCLR's views, by 0.4 (at 1/2) to 1.0 (at 1/4) for DINO's ten, and on sharper pictures by 50 at
   most. None of 500x375 pixels is reduced for views of 224.
-
-  With `reading.workers`, outside of absl's `app.run`, call `absl.flags.FLAGS.mark_as_parsed()` first.
   """
 
   images: Images
