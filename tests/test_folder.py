@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from photographs import photograph
 from test_train import folder_config, small_config
@@ -24,6 +25,8 @@ from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Aux
 from ssl_jax.run import log, report
+
+flags.FLAGS.mark_as_parsed()  # eval_knn's
 
 
 # Folders.
