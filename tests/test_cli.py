@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from runs import ROOT
-from ssl_jax import __main__
+from ssl_jax import __main__, data
 from ssl_jax.data import dataset
+from ssl_jax.errors import UserError
 from ssl_jax.run import cli
 
 
@@ -103,6 +104,21 @@ def test_a_key_of_one_view_is_refused_where_it_would_change_others(tmp_path):
   done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
   assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
   assert "mine.py has one dict as several views, and a key of one would change all" in done.stderr
+
+
+def test_a_user_without_a_home_has_no_cache_and_no_traceback(monkeypatch):
+  seen = []
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(cli.jax.config, "update", lambda *given: seen.append(given))
+  monkeypatch.setattr(cli.os.path, "expanduser", lambda path: path)
+  cli._use_compilation_cache()
+  assert not seen
+  with pytest.raises(UserError, match="there is no folder ~/pictures"):
+    data.load_folder("~/pictures", "train")
+  monkeypatch.setattr(cli.os.path, "expanduser", lambda path: path.replace("~", "/home/me"))
+  cli._use_compilation_cache()
+  assert seen[0] == ("jax_compilation_cache_dir", "/home/me/.cache/ssl_jax/xla")
 
 
 def test_threads_are_those_that_the_process_may_use(monkeypatch):

@@ -187,6 +187,18 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   out = capsys.readouterr().out
   assert "1 of the bank cannot be read or has no label" in out and "1 of the queries cannot be read" in out
   assert "k=30 is more than the 23 images of the bank: all of them vote\nk=30 " in out and "k=20 is" not in out
+  (tmp_path / "whole" / "knn.json").unlink()
+  (tmp_path / "whole" / "knn.json").mkdir()  # A run that one may only read keeps its figures to itself, too.
+  with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), k=["2"], batch_size=8):
+    assert eval_knn.main() == 0
+  out = capsys.readouterr().out.splitlines()
+  assert out[-1].startswith('{"step": 9') and out[-2].endswith("knn.json (Is a directory)")
+  for temperature in (float("nan"), float("inf"), 0.0, -1.0):
+    with (
+      flagsaver.flagsaver(temperature=temperature),
+      pytest.raises(UserError, match="--temperature must be a positive"),
+    ):
+      eval_knn.main()
   (photographs / "train" / "a" / "0.jpg").unlink()  # a file less than when the run began
   with pytest.raises(UserError, match=r"the images are not those .*24 files.* now 23 files"):
     train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")

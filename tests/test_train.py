@@ -1,8 +1,11 @@
 """train.py and eval_knn.py from end to end, killed and resumed, with real processes where it matters."""
 
 import json
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -12,11 +15,24 @@ import numpy as np
 import pytest
 
 import train
-from runs import ROOT, SMALL, assert_same_run, checksums, finish, rows, start, wait_for_save, wait_for_step
+from runs import (
+  ROOT,
+  SMALL,
+  assert_same_run,
+  checksums,
+  command,
+  environment,
+  finish,
+  rows,
+  start,
+  wait_for_save,
+  wait_for_step,
+)
 from ssl_jax import build, monitors, training
 from ssl_jax.errors import UserError
 from ssl_jax.run import checkpoint, log
 
+LARGEST_FILE = 60_000  # bytes: more than what is written first, less than a checkpoint
 SLOW = pytest.mark.slow
 
 
@@ -274,6 +290,21 @@ def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cach
   last = rows(workdir)[-1]
   assert figures["step"] == 20
   assert all(figures[f"k20_{name}"] == last[f"knn_{name}"] for name in ("top1", "top5", "balanced"))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_what_was_saved(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  code = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({LARGEST_FILE}, {LARGEST_FILE}))
+sys.argv = {command("train.py", workdir)[1:]}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(cache), cwd=ROOT)
+  assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+  assert re.search(rf"cannot write to {workdir}/.*: File too large, [\d,]+ bytes are free\.", done.stderr)
+  finish(start(cache, "train.py", workdir))
+  assert_same_run(workdir, unbroken[0])
 
 
 def test_eval_knn_leaves_an_image_out_of_its_own_neighbours(unbroken, cache, tmp_path):
