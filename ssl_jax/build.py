@@ -7,13 +7,14 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -21,6 +22,9 @@ from ssl_jax import config as configs
 from ssl_jax import data, flops, methods, models, optim, parallel, training
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset
+from ssl_jax.data.crop import centre_crop
+from ssl_jax.data.image import as_pixels
+from ssl_jax.data.memory import InMemory
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import features
 from ssl_jax.methods.base import AXIS, Context, Method
@@ -212,7 +216,9 @@ def method_of(config: Any, steps: int, steps_per_epoch: int, axis_name: str | No
 
 
 class Restored(NamedTuple):
-  """An encoder from a run: `encoder.apply(variables, images, train=False)` gives its features.
+  """An encoder from a run, and `features(images)`, what it gives as the run's evaluation sees images.
+
+  `encoder.apply(variables, images, train=False)` is the encoder alone, of images resized, cropped and normalised.
 
   Attributes:
     encoder: the module.
@@ -227,6 +233,40 @@ class Restored(NamedTuple):
   step: int
   config: Any
   eval_view: EvaluationView
+
+  def features(self, images: np.ndarray | Sequence[np.ndarray], *, batch_size: int = 256) -> np.ndarray:
+    """Features of images in memory, resized, cropped and normalised as the run's evaluation does.
+
+    Args:
+      images: uint8, or float in [0, 1], which is rounded to the 256 levels of an image file: [n, H, W, C], or a
+        sequence of [H, W, C] of any sizes. C is the run's `data.channels`.
+      batch_size: images cropped and encoded at once.
+
+    Returns:
+      float32 [n, d], on every process; all of them have to call it, with the same images.
+
+    Raises:
+      TypeError: images that are neither uint8 nor floating point.
+      ValueError: no images, shapes or channels that do not fit, floats outside of [0, 1], an image too long to resize.
+    """
+    if batch_size < 1:
+      raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not len(images):
+      raise ValueError("images must hold one at least, got none.")
+    mesh = parallel.make_mesh()
+    extractor = _extractor(self.encoder, self.eval_view, mesh, -(-batch_size // mesh.size) * mesh.size)
+    found = []
+    for start in range(0, len(images), extractor.batch_size):
+      some = [as_pixels(x, self.config.data.channels) for x in images[start : start + extractor.batch_size]]
+      cut = np.stack([centre_crop(x, self.eval_view) for x in some])
+      batch = InMemory(images=cut, labels=np.full(len(cut), -1), num_classes=0, name="images", split="")
+      found.append(extractor.all(self.variables, batch).features)
+    return np.concatenate(found)
+
+
+@functools.lru_cache(maxsize=4)  # one compilation for all calls
+def _extractor(encoder, view, mesh, batch_size):
+  return features.Extractor(encoder, view, mesh, batch_size)
 
 
 def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
