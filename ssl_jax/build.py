@@ -32,6 +32,8 @@ from ssl_jax.run import checkpoint
 from ssl_jax.run.workdir import read_resolved
 from ssl_jax.training import TrainState
 
+_AT_ONCE = 256  # images that a restored encoder computes the features of
+
 
 class Run(NamedTuple):
   """A recipe with everything built from it that a run needs.
@@ -226,6 +228,8 @@ class Restored(NamedTuple):
     step: of the checkpoint.
     config: the run's.
     eval_view: what the run's evaluation sees of an image.
+    extractor: computes the features of data sets, on all devices.
+    untrained: () -> the variables that the run began with.
   """
 
   encoder: nn.Module
@@ -233,14 +237,15 @@ class Restored(NamedTuple):
   step: int
   config: Any
   eval_view: EvaluationView
+  extractor: features.Extractor
+  untrained: Callable[[], dict[str, Any]]
 
-  def features(self, images: np.ndarray | Sequence[np.ndarray], *, batch_size: int = 256) -> np.ndarray:
-    """Features of images in memory, resized, cropped and normalised as the run's evaluation does.
+  def features(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Features of images in memory, resized, cropped and normalised as the run's evaluation does, some at a time.
 
     Args:
       images: uint8, or float in [0, 1], which is rounded to the 256 levels of an image file: [n, H, W, C], or a
         sequence of [H, W, C] of any sizes. C is the run's `data.channels`.
-      batch_size: images cropped and encoded at once.
 
     Returns:
       float32 [n, d], on every process; all of them have to call it, with the same images.
@@ -249,24 +254,15 @@ class Restored(NamedTuple):
       TypeError: images that are neither uint8 nor floating point.
       ValueError: no images, shapes or channels that do not fit, floats outside of [0, 1], an image too long to resize.
     """
-    if batch_size < 1:
-      raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not len(images):
       raise ValueError("images must hold one at least, got none.")
-    mesh = parallel.make_mesh()
-    extractor = _extractor(self.encoder, self.eval_view, mesh, -(-batch_size // mesh.size) * mesh.size)
     found = []
-    for start in range(0, len(images), extractor.batch_size):
-      some = [as_pixels(x, self.config.data.channels) for x in images[start : start + extractor.batch_size]]
-      cut = np.stack([centre_crop(x, self.eval_view) for x in some])
+    for start in range(0, len(images), self.extractor.batch_size):
+      some = images[start : start + self.extractor.batch_size]
+      cut = np.stack([centre_crop(as_pixels(x, self.config.data.channels), self.eval_view) for x in some])
       batch = InMemory(images=cut, labels=np.full(len(cut), -1), num_classes=0, name="images", split="")
-      found.append(extractor.all(self.variables, batch).features)
+      found.append(self.extractor.all(self.variables, batch).features)
     return np.concatenate(found)
-
-
-@functools.lru_cache(maxsize=4)  # one compilation for all calls
-def _extractor(encoder, view, mesh, batch_size):
-  return features.Extractor(encoder, view, mesh, batch_size)
 
 
 def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
@@ -294,10 +290,17 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   steps = resolved.get("steps", max(step, 1))
   method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))
   init = training.make_init(method, optax.identity(), configs.views(config), config.data.channels, config.seed)
-  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(parallel.make_mesh()))
+  mesh, eval_view = parallel.make_mesh(), configs.eval_view(config)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
   try:
     restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
     raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
   variables = method.encoder(restored["params"], restored["state"])
-  return Restored(encoder, variables, step, config, configs.eval_view(config))
+  extractor = features.Extractor(encoder, eval_view, mesh, -(-_AT_ONCE // mesh.size) * mesh.size)
+
+  def untrained():
+    begun = jax.jit(init, out_shardings=parallel.replicated(mesh))()
+    return method.encoder(begun.params, begun.state)
+
+  return Restored(encoder, variables, step, config, eval_view, extractor, untrained)
