@@ -17,8 +17,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluation import accuracy, linear, probe
 from ssl_jax.run import log
 
-if not flags.FLAGS.is_parsed():
-  flags.FLAGS.mark_as_parsed()
+flags.FLAGS.mark_as_parsed()  # eval_linear.main reads them
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +201,9 @@ def test_images_in_memory_have_the_features_that_the_extractor_gives(old_run):
   np.testing.assert_array_equal(run.features([several[0], several[1] / 255, several[2]]), each)
 
 
-def test_images_without_a_label_have_features_and_those_unreadable_are_left_out(old_run, photographs):
+def test_images_without_a_label_have_features_and_those_unreadable_are_left_out(old_run, photographs, monkeypatch):
   _, run = old_run
+  monkeypatch.setattr(run.extractor, "batch_size", 8)  # several batches, the last one not full
   config = run.config.copy_and_resolve_references()
   config.data.folder, config.data.channels = str(photographs), 1
   (photographs / "train" / "0_stray.png").write_bytes((photographs / "train" / "b" / "1.png").read_bytes())
@@ -217,6 +217,8 @@ def test_images_without_a_label_have_features_and_those_unreadable_are_left_out(
   labelled = run.extractor(run.variables, dataset)[0]
   np.testing.assert_array_equal(labelled, found.features[found.labels >= 0])
   assert len(labelled) == 23
+  originals = [dataset.original(i) for i in found.indices]
+  np.testing.assert_array_equal(run.features(originals), found.features)
 
 
 @pytest.mark.parametrize(
