@@ -117,8 +117,9 @@ def test_a_tenth_is_held_out_evenly_and_no_class_loses_its_last_image():
     counts = np.bincount(labels[chosen], minlength=5)
     assert chosen.sum() == 20 and counts[4] == 0
     assert np.all(np.abs(counts[:4] - [4, 4, 10, 2]) <= 1)
-  pairs = np.repeat(np.arange(3), 2)
-  assert probe.hold_out(pairs, np.random.default_rng(0)).sum() == 1
+  rare = np.append(np.arange(40), np.zeros(10, int))  # one image of each class but the first
+  assert rare[probe.hold_out(rare, np.random.default_rng(0))].tolist() == [0] * 5
+  assert probe.hold_out(np.repeat(np.arange(3), 2), np.random.default_rng(0)).sum() == 1
 
 
 def test_the_labelled_images_are_a_share_or_a_number_of_each_class():
@@ -193,8 +194,9 @@ def test_images_in_memory_have_the_features_that_the_extractor_gives(old_run):
   np.testing.assert_array_equal(labels, dataset.labels)
   np.testing.assert_array_equal(indices, np.arange(100))
   np.testing.assert_array_equal(run.features(dataset.images), want)
-  np.testing.assert_array_equal(run.features(np.float32(dataset.images / 255)), want)
   rng = np.random.default_rng(0)
+  between = np.clip(dataset.images + rng.uniform(-0.4, 0.4, dataset.images.shape), 0, 255)  # the levels of a file
+  np.testing.assert_array_equal(run.features(np.float32(between / 255)), want)
   sizes = [(28, 40, 1), (90, 31, 1), (20, 20, 1)]
   several = [rng.integers(0, 256, size, dtype=np.uint8) for size in sizes]
   each = [run.extractor.all(run.variables, in_memory(x[None], np.array([-1]))).features[0] for x in several]
