@@ -13,7 +13,8 @@ import numpy as np
 from absl import flags
 
 from ssl_jax import build, parallel
-from ssl_jax.data import Dataset
+from ssl_jax.commands import evaluate
+from ssl_jax.commands.evaluate import BATCH_SIZE, STEP, TEST_SPLIT, WORKDIR, load
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation.accuracy import guessing, knn_accuracy
 from ssl_jax.evaluation.features import Extractor
@@ -21,18 +22,12 @@ from ssl_jax.run import cli, cluster
 from ssl_jax.run.cli import say
 from ssl_jax.settings import positive
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "the run to evaluate")
-STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
 K = flags.DEFINE_list("k", ["10", "20", "100", "200"], "numbers of neighbours")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.07, "of the votes exp(similarity / T)")
-DATA = flags.DEFINE_string("data", None, "a prepared data set; by default the run's")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "where it is; by default the run's")
-FOLDER = flags.DEFINE_string("folder", None, "a folder of images, in place of --data")
-BANK_SPLIT = flags.DEFINE_string("bank_split", None, "split of the labelled bank; by default the run's training split")
-TEST_SPLIT = flags.DEFINE_string(
-  "test_split", None, "split of the queries; by default the run's; the bank itself may be"
+BANK_SPLIT = flags.DEFINE_string(
+  "bank_split", None, "split of the labelled bank, which may be the test split; by default the run's training split"
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "images encoded at once, on all devices", lower_bound=1)
+flags.adopt_module_key_flags(evaluate)  # so that --help shows them
 
 
 def main() -> int:
@@ -47,8 +42,9 @@ def main() -> int:
     raise UserError(f"--temperature must be a positive number, got {TEMPERATURE.value}.")
   restored = build.restore_encoder(workdir, STEP.value)
   config = restored.config
-  bank = load(config, BANK_SPLIT.value or config.data.split)
-  queries = load(config, TEST_SPLIT.value or config.data.test_split)
+  why = "k-NN classifies by labels"
+  bank = load(config, BANK_SPLIT.value or config.data.split, why)
+  queries = load(config, TEST_SPLIT.value or config.data.test_split, why)
   queries = queries.numbered_as(bank)
   say(f"step {restored.step} of {workdir}")
   for role, x in (("bank", bank), ("queries", queries)):
@@ -87,23 +83,6 @@ def main() -> int:
       say(f"not written: {workdir / 'knn.json'} ({error.strerror})")
   say(json.dumps(figures))
   return 0
-
-
-def load(config, split: str | None) -> Dataset:
-  """A labelled split of the data set that the flags or the run name."""
-  if not split:
-    raise UserError("the run has no test split: name one by --test_split.")
-  named = config.copy_and_resolve_references()
-  if FOLDER.value:
-    named.data.folder, split = FOLDER.value, split.partition("[")[0]  # the run's splits may be slices
-  elif DATA.value:
-    named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
-  elif DATA_DIR.value:
-    named.data.data_dir = DATA_DIR.value
-  loaded = build.dataset(named, split)
-  if not loaded.is_labelled:
-    raise UserError(f"{loaded.name} {split!r} has no labels, and k-NN classifies by labels.")
-  return loaded
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.build import restore_encoder as restore_encoder
   from ssl_jax.data.image import read_image as read_image
   from ssl_jax.evaluation.knn import knn_predict as knn_predict
+  from ssl_jax.evaluation.linear import logistic_regression as logistic_regression
   from ssl_jax.losses import byol_loss as byol_loss
   from ssl_jax.losses import dino_center as dino_center
   from ssl_jax.losses import dino_loss as dino_loss
@@ -48,6 +49,7 @@ _HOMES = {  # the module of each name
   "dino_loss": "losses",
   "info_nce": "losses",
   "knn_predict": "evaluation.knn",
+  "logistic_regression": "evaluation.linear",
   "mae": "methods.mae",
   "mae_loss": "losses",
   "make_views": "augment",

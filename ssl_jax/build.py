@@ -7,13 +7,14 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -21,13 +22,17 @@ from ssl_jax import config as configs
 from ssl_jax import data, flops, methods, models, optim, parallel, training
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset
-from ssl_jax.data.image import Window
+from ssl_jax.data.crop import centre_crop
+from ssl_jax.data.image import Window, as_pixels
+from ssl_jax.data.memory import InMemory
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import features
 from ssl_jax.methods.base import AXIS, Context, Method
 from ssl_jax.run import checkpoint
 from ssl_jax.run.workdir import read_resolved
 from ssl_jax.training import TrainState
+
+_AT_ONCE = 256  # images that a restored encoder computes the features of
 
 
 class Run(NamedTuple):
@@ -214,7 +219,9 @@ def method_of(config: Any, steps: int, steps_per_epoch: int, axis_name: str | No
 
 
 class Restored(NamedTuple):
-  """An encoder from a run: `encoder.apply(variables, images, train=False)` gives its features.
+  """An encoder from a run, and `features(images)`, what it gives as the run's evaluation sees images.
+
+  `encoder.apply(variables, images, train=False)` is the encoder alone, of images resized, cropped and normalised.
 
   Attributes:
     encoder: the module.
@@ -222,6 +229,8 @@ class Restored(NamedTuple):
     step: of the checkpoint.
     config: the run's.
     eval_view: what the run's evaluation sees of an image.
+    extractor: computes the features of data sets, on all devices.
+    untrained: () -> the variables that the run began with.
   """
 
   encoder: nn.Module
@@ -229,6 +238,32 @@ class Restored(NamedTuple):
   step: int
   config: Any
   eval_view: EvaluationView
+  extractor: features.Extractor
+  untrained: Callable[[], dict[str, Any]]
+
+  def features(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Features of images in memory, resized, cropped and normalised as the run's evaluation does, some at a time.
+
+    Args:
+      images: uint8, or float in [0, 1], which is rounded to the 256 levels of an image file: [n, H, W, C], or a
+        sequence of [H, W, C] of any sizes. C is the run's `data.channels`.
+
+    Returns:
+      float32 [n, d], on every process; all of them have to call it, with the same images.
+
+    Raises:
+      TypeError: images that are neither uint8 nor floating point.
+      ValueError: no images, shapes or channels that do not fit, floats outside of [0, 1], an image too long to resize.
+    """
+    if not len(images):
+      raise ValueError("images must hold one at least, got none.")
+    found = []
+    for start in range(0, len(images), self.extractor.batch_size):
+      some = images[start : start + self.extractor.batch_size]
+      cut = np.stack([centre_crop(as_pixels(x, self.config.data.channels), self.eval_view) for x in some])
+      batch = InMemory(images=cut, labels=np.full(len(cut), -1), num_classes=0, name="images", split="")
+      found.append(self.extractor.all(self.variables, batch).features)
+    return np.concatenate(found)
 
 
 def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
@@ -257,10 +292,17 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   steps = resolved.get("steps", max(step, 1))
   method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))
   init = training.make_init(method, optax.identity(), configs.views(config), config.data.channels, config.seed)
-  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(parallel.make_mesh()))
+  mesh, eval_view = parallel.make_mesh(), configs.eval_view(config)
+  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
   try:
     restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
     raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
   variables = method.encoder(restored["params"], restored["state"])
-  return Restored(encoder, variables, step, config, configs.eval_view(config))
+  extractor = features.Extractor(encoder, eval_view, mesh, -(-_AT_ONCE // mesh.size) * mesh.size)
+
+  def untrained():
+    begun = jax.jit(init, out_shardings=parallel.replicated(mesh))()
+    return method.encoder(begun.params, begun.state)
+
+  return Restored(encoder, variables, step, config, eval_view, extractor, untrained)

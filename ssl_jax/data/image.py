@@ -212,6 +212,31 @@ def _reading(source):
     _muted.on = False
 
 
+def as_pixels(image: Any, channels: int) -> np.ndarray:
+  """An image that a caller holds, as a data set would have it: uint8 [H, W, channels].
+
+  Args:
+    image: uint8 [H, W, channels], or float in [0, 1], which is rounded to the 256 levels of an image file.
+    channels: that it must have.
+
+  Raises:
+    TypeError: it is neither uint8 nor floating point.
+    ValueError: its shape does not fit, or floats are not in [0, 1].
+  """
+  pixels = np.asarray(image)
+  if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
+    raise TypeError(f"images must be uint8, or floating point in [0, 1], got {pixels.dtype}.")
+  if pixels.ndim != 3 or not pixels.size:
+    raise ValueError(f"images must be [n, H, W, C] or a list of [H, W, C], got one of {list(pixels.shape)}.")
+  if pixels.shape[-1] != channels:
+    raise ValueError(f"images must have the run's number of channels, {channels}, got {list(pixels.shape)}.")
+  if pixels.dtype == np.uint8:
+    return pixels
+  if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
+    raise ValueError(f"images of floats must be in [0, 1], got {pixels.min()} to {pixels.max()}: divide by 255?")
+  return np.rint(pixels * 255).astype(np.uint8)
+
+
 def _kind(file: BinaryIO) -> tuple[Any, bytes]:
   """The reader of Pillow's, None for NPY, and the first bytes."""
   start = file.read(32)

@@ -1,0 +1,34 @@
+"""What eval_knn.py and eval_linear.py share: their flags, and the splits that these or the run name."""
+
+from typing import Any
+
+from absl import flags
+
+from ssl_jax import build
+from ssl_jax.data import Dataset
+from ssl_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "the run to evaluate")
+STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+DATA = flags.DEFINE_string("data", None, "a prepared data set; by default the run's")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "where it is; by default the run's")
+FOLDER = flags.DEFINE_string("folder", None, "a folder of images, in place of --data")
+TEST_SPLIT = flags.DEFINE_string("test_split", None, "split that is scored; by default the run's")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "images encoded at once, on all devices", lower_bound=1)
+
+
+def load(config: Any, split: str | None, why: str) -> Dataset:
+  """A labelled split of the data set that the flags or the run name; `why` says what needs its labels."""
+  if not split:
+    raise UserError("the run has no test split: name one by --test_split.")
+  named = config.copy_and_resolve_references()
+  if FOLDER.value:
+    named.data.folder, split = FOLDER.value, split.partition("[")[0]  # the run's splits may be slices
+  elif DATA.value:
+    named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
+  elif DATA_DIR.value:
+    named.data.data_dir = DATA_DIR.value
+  loaded = build.dataset(named, split)
+  if not loaded.is_labelled:
+    raise UserError(f"{loaded.name} {split!r} has no labels, and {why}.")
+  return loaded
