@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.moco import moco as moco
   from ssl_jax.methods.moco_v3 import moco_v3 as moco_v3
   from ssl_jax.methods.simclr import simclr as simclr
+  from ssl_jax.weights.load import load_weights as load_weights
 
 _HOMES = {  # the module of each name
   "Aux": "methods.base",
@@ -48,6 +49,7 @@ _HOMES = {  # the module of each name
   "dino_loss": "losses",
   "info_nce": "losses",
   "knn_predict": "evaluation.knn",
+  "load_weights": "weights.load",
   "mae": "methods.mae",
   "mae_loss": "losses",
   "make_views": "augment",

@@ -229,6 +229,25 @@ class Restored(NamedTuple):
   eval_view: EvaluationView
 
 
+class RestoredRun(NamedTuple):
+  """A run's method with its parameters and state, heads, teacher and queue among them, but no optimizer.
+
+  Attributes:
+    method: the method.
+    encoder: its encoder for evaluation.
+    params, state: of the checkpoint.
+    step: of the checkpoint.
+    config: the run's.
+  """
+
+  method: Method
+  encoder: nn.Module
+  params: Any
+  state: Any
+  step: int
+  config: Any
+
+
 def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
   """Restores the encoder that a run's method evaluates, onto this process's devices, however many wrote it.
 
@@ -239,6 +258,13 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   Raises:
     UserError: there is no such run or checkpoint, or it cannot be read.
   """
+  run = restore(workdir, step)
+  variables = run.method.encoder(run.params, run.state)
+  return Restored(run.encoder, variables, run.step, run.config, configs.eval_view(run.config))
+
+
+def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
+  """Restores all that a run's method has; arguments and errors are those of `restore_encoder`."""
   workdir = pathlib.Path(workdir)
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is not a run: it has no config.json.")
@@ -259,5 +285,4 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
     restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
     raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
-  variables = method.encoder(restored["params"], restored["state"])
-  return Restored(encoder, variables, step, config, configs.eval_view(config))
+  return RestoredRun(method, encoder, restored["params"], restored["state"], step, config)

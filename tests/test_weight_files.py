@@ -24,7 +24,7 @@ def test_tensors_of_every_type_and_stride_are_pytorchs(golden, name):
   for key in want.files:
     np.testing.assert_array_equal(np.asarray(got[key], np.float32), want[key], err_msg=key, strict=True)
   types = {key: got[key].dtype.name for key in ("f16", "bf16", "f64", "i64", "i32", "i16", "i8", "u8", "b")}
-  assert list(types.values()) == "float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool".split()
+  assert list(types.values()) == ["float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -107,7 +107,7 @@ def _read(path, file):
 
 def _read_safetensors(file):
   found = {}
-  for name, tensor in safetensors.deserialize(file.read()):
+  for name, tensor in sorted(safetensors.deserialize(file.read()), key=lambda x: x[0]):  # they come in any order
     if tensor["dtype"] not in _SAFETENSORS:
       raise UserError(f"has {name} of type {tensor['dtype']}; known are {', '.join(_SAFETENSORS)}.")
     found[name] = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
