@@ -2,6 +2,7 @@
 
   check      reads every image of a folder and says what training will find
   prepare    writes a data set on disk, ready to train on
+  export     writes a run's encoder for timm, transformers or torchvision
   show       draws the views that a recipe makes of its first images
 
 python -m ssl_jax COMMAND --help tells what a command takes.
@@ -10,7 +11,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show")
+COMMANDS = ("check", "prepare", "export", "show")
 
 
 def main() -> int:

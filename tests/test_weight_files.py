@@ -48,9 +48,11 @@ def test_safetensors_are_read_and_put_together_from_shards(tmp_path):
     files.read(index)
 
 
-def test_bfloat16_of_safetensors(tmp_path):
+@pytest.mark.parametrize("length", [0x80, 0x3C, 0x4B50, 0x200A])
+def test_safetensors_may_begin_with_any_bytes(tmp_path, length):
   value = np.array([1.5, -2], ml_dtypes.bfloat16)
   header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+  header += b" " * (length - len(header) if length > len(header) else 0)
   (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + value.tobytes())
   np.testing.assert_array_equal(files.read(tmp_path / "x")["x"], value, strict=True)
 

@@ -91,6 +91,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 def _read(path, file):
   head = file.read(512)
   file.seek(0)
+  # First, since the length that it begins with can be any bytes, those of the others too.
+  if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= os.fstat(file.fileno()).st_size - 8:
+    return _read_safetensors(file)
   for start, what in _NOT_WEIGHTS.items():
     if head.lstrip().startswith(start):
       raise UserError(f"{what}.")
@@ -98,8 +101,6 @@ def _read(path, file):
     return _read_zip(file)
   if head[:1] == b"\x80":
     return _read_legacy(file)
-  if head[8:9] == b"{":
-    return _read_safetensors(file)
   if head[:1] == b"{" and path.name.endswith(".index.json"):
     return _read_shards(path, json.load(file))
   raise ValueError("it is neither a .safetensors nor a PyTorch file")

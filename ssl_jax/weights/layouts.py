@@ -37,6 +37,30 @@ _DECODER = {
   "decoder_norm": "decoder_norm",
   "decoder_pred": "decoder_pred",
 }
+_TORCHVISION = [  # timm's names of a ViT and torchvision's
+  (r"^cls_token$", "class_token"),
+  (r"^patch_embed\.proj\.", "conv_proj."),
+  (r"^pos_embed$", "encoder.pos_embedding"),
+  (r"^norm\.", "encoder.ln."),
+  (r"\bnorm(\d)\.", r"ln_\1."),
+  (r"\battn\.qkv\.", "self_attention.in_proj_"),
+  (r"\battn\.proj\.", "self_attention.out_proj."),
+  (r"\bmlp\.fc1\.", "mlp.0."),
+  (r"\bmlp\.fc2\.", "mlp.3."),
+  (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+]
+_TORCHVISION_BACK = [
+  (r"^class_token$", "cls_token"),
+  (r"^conv_proj\.", "patch_embed.proj."),
+  (r"^encoder\.pos_embedding$", "pos_embed"),
+  (r"^encoder\.ln\.", "norm."),
+  (r"\bln_(\d)\.", r"norm\1."),
+  (r"\bself_attention\.in_proj_", "attn.qkv."),
+  (r"\bself_attention\.out_proj\.", "attn.proj."),
+  (r"\bmlp\.(0|linear_1)\.", "mlp.fc1."),
+  (r"\bmlp\.(3|linear_2)\.", "mlp.fc2."),
+  (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+]
 _RESNET = [
   (r"^conv1\.", "embedder.embedder.convolution."),
   (r"^bn1\.", "embedder.embedder.normalization."),
@@ -115,6 +139,16 @@ def resnet_to_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def resnet_from_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The inverse of `resnet_to_hf`; names that it does not make stay as they are."""
   return {_renamed(name, _RESNET_BACK): value for name, value in state.items()}
+
+
+def vit_to_torchvision(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """timm's names of a ViT -> those of torchvision's VisionTransformer."""
+  return {_renamed(name, _TORCHVISION): value for name, value in state.items()}
+
+
+def vit_from_torchvision(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The inverse of `vit_to_torchvision`; names that it does not make stay as they are."""
+  return {_renamed(name, _TORCHVISION_BACK): value for name, value in state.items()}
 
 
 def _renamed(name, rules):

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,16 +19,24 @@ from ssl_jax.models.resnet import ResNet
 from ssl_jax.models.vit import ViT, interpolate_positions, sincos_positions
 from ssl_jax.weights import files, layouts
 
-# An entry by which an encoder is found in a file, whatever stands before it, and whether the names are Hugging Face's.
-_LANDMARKS = {
-  ViT: {"patch_embed.proj.weight": False, "embeddings.patch_embeddings.projection.weight": True},
-  ResNet: {"layer1.0.conv1.weight": False, "encoder.stages.0.layers.0.layer.0.convolution.weight": True},
+# An entry by which an encoder is found in a file, whatever stands before it, and what brings the names to timm's.
+_LANDMARKS: dict[type, dict[str, Callable]] = {
+  ViT: {
+    "patch_embed.proj.weight": dict,
+    "embeddings.patch_embeddings.projection.weight": layouts.vit_from_hf,
+    "conv_proj.weight": layouts.vit_from_torchvision,
+  },
+  ResNet: {
+    "layer1.0.conv1.weight": dict,
+    "encoder.stages.0.layers.0.layer.0.convolution.weight": layouts.resnet_from_hf,
+  },
 }
 _ORDERS = ("row_first", "column_first")
 _PREFERRED = ("teacher", "encoder_q", "base_encoder")  # what the papers of DINO and MoCo evaluate
 _TRAINING_ONLY = ("optimizer", "scaler", "fp16_scaler", "amp", "scheduler", "lr_scheduler", "loss_scaler")
 # First parts of names beside an encoder's own that belong to a head, a decoder or a classifier.
-_BESIDE = ("fc", "head", "head_dist", "classifier", "pooler", "mask_token", "masked_embed", "projector", "predictor")
+_BESIDE = {"fc", "head", "heads", "head_dist", "classifier", "pooler", "projector", "predictor"}
+_BESIDE |= {"mask_token", "masked_embed"}
 _IN_FOLDER = (
   "model.safetensors",
   "model.safetensors.index.json",
@@ -137,8 +145,7 @@ def _read_encoder(path, kind, take, report):
     short = name.removeprefix(prefix)
     mine = name.startswith(prefix) and not _is_beside(short)
     (state if mine else extra)[short if mine else name] = value
-  if _LANDMARKS[kind][prefixes[prefix]]:
-    state = layouts.vit_from_hf(state) if kind is ViT else layouts.resnet_from_hf(state)
+  state = _LANDMARKS[kind][prefixes[prefix]](state)
   return state, extra, f"{prefix}* of {file}" if prefix else str(file)
 
 
