@@ -57,8 +57,7 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
   images, source = real_images(config, view)
   differences = export.prove(exported, out, encoder, variables, images) if len(images) else {}
   lines = [
-    f"{library} gives the same features for {len(images)} images of {source}: the largest difference is {value:.1e} of "
-    "the largest feature"
+    f"{library}: the features of {len(images)} images of {source} differ by at most {value:.1e} of the largest"
     for library, value in differences.items()
   ]
   if not lines:
@@ -132,6 +131,7 @@ def card(
   }
   figures = [f"| {names[key]} | {value:.4g} |" for key, value in facts["figures"].items()]
   table = ["", "| at this step | |", "|---|---|", *figures] if figures else []
+  shape = ", ".join(f"{name} {value}" for name, value in exported.config["ssl_jax"]["encoder"].items())
   usage = exported.usage.replace("FOLDER", name)
   imports = sorted({*exported.readers, "torch"} if exported.readers else {"ssl_jax"})
   return "\n".join(
@@ -142,7 +142,7 @@ def card(
       "",
       f"- Weights: {facts['weights']}, after step {facts['step']:,}{of} of {facts['batch_size']} images.",
       f"- Images: {look}.",
-      f"- Architecture: `{exported.config['ssl_jax']['model']}`",
+      f"- Encoder: {shape}.",
       *table,
       *("", "```python", f"import {', '.join(imports)}", "", usage, "```", ""),
       *(f"Checked when it was written: {line}." for line in proof),

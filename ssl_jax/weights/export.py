@@ -41,6 +41,10 @@ _TIMM_VITS = {  # (dim, depth, heads, patch size); any other shape is one of the
 }
 
 
+# Tokens and maps of the libraries as the features "flat", which keep positions apart.
+_FLAT: dict[type, str] = {ViT: "[:, 1:].flatten(1)", ResNet: ".permute(0, 2, 3, 1).flatten(1)"}
+
+
 class Exported(NamedTuple):
   """What a folder gets.
 
@@ -49,7 +53,7 @@ class Exported(NamedTuple):
     state: the arrays of model.safetensors.
     config: config.json.
     preprocessor: preprocessor_config.json; None: config.json says it, or there is no library that reads it.
-    usage: lines of Python that load it; `images` is a float32 tensor [b, C, size, size], normalised.
+    usage: lines of Python that load it and use it.
     readers: the libraries that load it, the one that it is for first; none: only ours does.
   """
 
@@ -106,7 +110,7 @@ def make(
     state |= {name: np.zeros((), np.int64) for name in counters}
   made = {"timm": _timm, "hf": _hf, "torchvision": _torchvision, "safetensors": _safetensors}[target]
   state, config, preprocessor, usage, readers = made(encoder, state, view, channels)
-  config["ssl_jax"] = facts | {"model": _shape(encoder), "channels": channels, "eval_view": view._asdict()}
+  config["ssl_jax"] = facts | {"encoder": shape_of(encoder), "channels": channels, "eval_view": view._asdict()}
   return Exported(target, state, config, preprocessor, usage, readers)
 
 
@@ -167,10 +171,12 @@ def _timm(encoder, state, view, channels):
   images |= dict(crop_pct=_crop_share(view), crop_mode="center", mean=_mean(view, channels), std=_std(view, channels))
   config = dict(architecture=name, num_classes=0, num_features=width, global_pool=pool)
   config |= dict(model_args=args | dict(in_chans=channels), pretrained_cfg=images | dict(num_classes=0, **layers))
+  picked = "" if encoder.features != "flat" else _FLAT[type(encoder)]
   usage = (
     'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
-    'model = transformers.AutoModel.from_pretrained("FOLDER")  # the same by transformers, with timm installed\n'
-    "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+    "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+    f"features = model(transform(picture)[None]){picked}\n"
+    'model = transformers.AutoModel.from_pretrained("FOLDER")  # the same by transformers, with timm installed'
   )
   return state, config, None, usage, ("timm", "transformers")
 
@@ -178,10 +184,11 @@ def _timm(encoder, state, view, channels):
 def _hf(encoder, state, view, channels):
   if isinstance(encoder, ViT):
     config = vit_config(encoder, view, channels) | dict(architectures=["ViTModel"], model_type="vit")
-    picked = {"cls": "[:, 0]", "mean": "[:, 1:].mean(1)", "flat": "[:, 1:].flatten(1)"}[encoder.features]
+    picked = {"cls": "[:, 0]", "mean": "[:, 1:].mean(1)", "flat": _FLAT[ViT]}[encoder.features]
     usage = (
       'model = transformers.AutoModel.from_pretrained("FOLDER", add_pooling_layer=False)  # its pooler is not trained\n'
-      f"features = model(images).last_hidden_state{picked}"
+      'processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")\n'
+      f'features = model(**processor(picture, return_tensors="pt")).last_hidden_state{picked}'
     )
     state = layouts.vit_to_hf(state)
   else:
@@ -190,10 +197,13 @@ def _hf(encoder, state, view, channels):
     config = dict(architectures=["ResNetModel"], model_type="resnet", num_channels=channels, embedding_size=width)
     config |= dict(hidden_sizes=sizes, depths=list(encoder.stages), layer_type=block, hidden_act="relu")
     config |= dict(downsample_in_first_stage=False, downsample_in_bottleneck=False)
-    pooled = "pooler_output.flatten(1)" if encoder.features == "pooled" else "last_hidden_state  # [b, C, h, w]"
-    usage = f'model = transformers.AutoModel.from_pretrained("FOLDER")\nfeatures = model(images).{pooled}'
+    pooled = "pooler_output.flatten(1)" if encoder.features == "pooled" else f"last_hidden_state{_FLAT[ResNet]}"
+    usage = (
+      'model = transformers.AutoModel.from_pretrained("FOLDER")\n'
+      'processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")\n'
+      f'features = model(**processor(picture, return_tensors="pt")).{pooled}'
+    )
     state = layouts.resnet_to_hf(state)
-  usage += '\nprocessor = transformers.AutoImageProcessor.from_pretrained("FOLDER")'
   return state, config, _preprocessor(view, channels), usage, ("transformers",)
 
 
@@ -226,28 +236,33 @@ def _torchvision(encoder, state, view, channels):
     f"model = torchvision.models.{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})\n"
     f"model.{head} = torch.nn.Identity()\n"
     'model.load_state_dict(safetensors.torch.load_file("FOLDER/model.safetensors"))\n'
-    "features = model.eval()(images)"
+    "features = model.eval()(images)  # [b, C, size, size], normalised"
   )
   return state, dict(architecture=name, arguments=arguments), _preprocessor(view, channels), usage, ("torchvision",)
 
 
 def _safetensors(encoder, state, view, channels):
   usage = (
-    f"model = {_shape(encoder)}\n"
+    "from ssl_jax.models import resnet, vit\n\n"
+    f"model = {in_python(encoder)}\n"
     'variables = ssl_jax.load_weights("FOLDER", model).variables\n'
     "features = model.apply(variables, images, train=False)  # images: [b, size, size, C], normalised"
   )
   return state, {}, None, usage, ()
 
 
-def _shape(encoder):
-  """The module as Python that makes it."""
-  kind = type(encoder)
+def shape_of(encoder: nn.Module) -> dict[str, Any]:
+  """The attributes of a ViT or ResNet that its weights and features depend on."""
   names = ["patch_size", "dim", "depth", "heads", "mlp_ratio", "image_size", "positions", "features"]
-  if kind is ResNet:
+  if isinstance(encoder, ResNet):
     names = ["stages", "bottleneck", "width", "stem", "features", "project_first"]
-  given = ", ".join(f"{name}={getattr(encoder, name)!r}" for name in names)
-  return f"ssl_jax.models.{'vit' if kind is ViT else 'resnet'}.{kind.__name__}({given})"
+  return {name: getattr(encoder, name) for name in names}
+
+
+def in_python(encoder: nn.Module) -> str:
+  """The module as Python that makes it."""
+  home = "vit.ViT" if isinstance(encoder, ViT) else "resnet.ResNet"
+  return f"{home}({', '.join(f'{name}={value!r}' for name, value in shape_of(encoder).items())})"
 
 
 def _width(encoder):

@@ -206,13 +206,13 @@ def _check_config(path, model, report):
   if not (path / "config.json").is_file():
     return
   config = json.loads((path / "config.json").read_text())
-  config = {**config, **(config.get("model_args") or {})}
   kind, wants = config.get("model_type"), {}
-  if isinstance(model, ViT):
-    heads = "num_heads" if "num_heads" in config else "num_attention_heads"
-    wants = {heads: model.heads, "hidden_act": "gelu"}
+  if isinstance(model, ViT):  # as transformers, timm and torchvision, and we, call the heads
+    wants = dict.fromkeys(("num_attention_heads", "num_heads", "heads"), model.heads) | {"hidden_act": "gelu"}
   elif kind == "resnet":
     wants = {"hidden_act": "relu", "downsample_in_bottleneck": False}
+  ours = config.get("ssl_jax") or {}
+  config = config | (config.get("model_args") or {}) | (config.get("arguments") or {}) | (ours.get("encoder") or {})
   for key, want in wants.items():
     if config.get(key, want) != want:
       raise UserError(f"{path / 'config.json'} says {key}={config[key]!r}, and the model has {want!r}.")
