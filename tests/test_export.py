@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -12,7 +13,9 @@ from ssl_jax import build, convert, load_weights
 from ssl_jax.augment import EvaluationView
 from ssl_jax.commands import export as command
 from ssl_jax.errors import UserError
+from ssl_jax.methods import mae
 from ssl_jax.models import resnet, vit
+from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.run import cli
 from ssl_jax.weights import export, files, layouts
 
@@ -105,6 +108,29 @@ def test_a_folder_comes_back_as_it_was(tmp_path, target):
     export.write(made, tmp_path / "out")
 
 
+def test_a_mae_goes_out_with_its_decoder(tmp_path):
+  decoder = MAEDecoder(16, dim=12, depth=1, heads=2)
+  shapes = jax.eval_shape(mae.mae(FIXED, decoder).init, jax.random.key(0), (jnp.zeros((1, 1, 16, 16, 1)),))[0]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  settings = ml_collections.ConfigDict(dict(mask_ratio=0.6, normalize_target=True))
+  made = export.make_mae(FIXED, decoder, params, VIEW, settings=settings, channels=1, facts={})
+  names = {name for name in made.state if name.startswith("decoder.") and "layers" not in name}
+  parts = [f"decoder.decoder_{part}.{leaf}" for part in ("embed", "norm", "pred") for leaf in ("weight", "bias")]
+  assert names == {"decoder.mask_token", "decoder.decoder_pos_embed", *parts}
+  value = made.state["decoder.decoder_layers.0.attention.attention.value.weight"]
+  np.testing.assert_array_equal(value, params["decoder"]["decoder_blocks_0"]["attn"]["qkv"]["kernel"].T[24:])
+  assert (made.config["decoder_hidden_size"], made.config["mask_ratio"], made.config["norm_pix_loss"]) == (
+    12,
+    0.6,
+    True,
+  )
+  export.write(made, tmp_path / "out")
+  back = load_weights(tmp_path / "out", FIXED)
+  jax.tree.map(np.testing.assert_array_equal, back.variables["params"], params["encoder"])
+  assert "decoder.mask_token" in back.extra
+
+
 def test_another_number_of_heads_than_the_exports_is_refused(tmp_path):
   for target in export.TARGETS:
     export.write(make(LEARNED, target, VIEW, channels=3)[1], tmp_path / target)
@@ -116,7 +142,7 @@ def test_the_command_writes_what_a_run_evaluates_and_says_that_nothing_was_prove
   assert command.run(unbroken[0], tmp_path / "mine", None, None) == 0
   printed = capsys.readouterr().out
   assert "a ResNet with the stem 'patch': the arrays alone are written" in printed
-  assert "nothing was proven: no library but ssl_jax has a class for it" in printed
+  assert "nothing was proven: ssl_jax alone loads these arrays" in printed
   run = build.restore_encoder(unbroken[0])
   jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "mine", run.encoder).variables, run.variables)
   text = (tmp_path / "mine" / "README.md").read_text()
@@ -129,5 +155,5 @@ def test_the_command_writes_what_a_run_evaluates_and_says_that_nothing_was_prove
 def test_features_that_differ_are_an_error(unbroken, tmp_path, monkeypatch):
   monkeypatch.setattr(cli, "say", lambda line: None)
   monkeypatch.setattr(export, "prove", lambda *args: {"timm 1": float("nan")})
-  with pytest.raises(UserError, match=r"features of timm 1 differ by more than 0\.0001: do not use"):
+  with pytest.raises(UserError, match=r"outputs of timm 1 differ by more than 0\.0001: do not use"):
     command.run(unbroken[0], tmp_path / "mine", None, None)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from named_weights import named_images
@@ -11,7 +12,9 @@ from trajectories import error, named_variables
 
 from ssl_jax import load_weights
 from ssl_jax.augment import EvaluationView
+from ssl_jax.methods import mae
 from ssl_jax.models import resnet, vit
+from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.weights import export
 
 for library in ("torch", "timm", "transformers", "torchvision"):
@@ -68,6 +71,18 @@ def test_an_export_gives_the_same_features_and_comes_back(tmp_path, name, target
   assert len(differences) == len(made.readers) and max(differences.values()) < export.TOLERANCE
   back = load_weights(tmp_path / "out", model).variables
   jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(variables))
+
+
+def test_a_mae_with_its_decoder_predicts_the_same_patches(tmp_path):
+  model, decoder = vit.vit_base(patch_size=16, positions="column_first"), MAEDecoder(768)
+  shapes, _ = jax.eval_shape(mae.mae(model, decoder).init, jax.random.key(0), (jnp.zeros((1, 1, 224, 224, 3)),))
+  params = named_variables({"params": shapes}, "", {}, jnp.float32)["params"]
+  settings = ml_collections.ConfigDict(dict(mask_ratio=0.75, normalize_target=True))
+  export.write(export.make_mae(model, decoder, params, VIEW, settings=settings, channels=3, facts={}), tmp_path / "x")
+  images = named_images("mae", (2, 224, 224, 3))
+  differences = export.prove_mae(tmp_path / "x", model, decoder, params, images, 0.75)
+  print("mae with decoder", differences)
+  assert len(differences) == 1 and max(differences.values()) < export.TOLERANCE
 
 
 def random(model):

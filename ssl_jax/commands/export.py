@@ -8,8 +8,8 @@ too. Where the library is installed, the folder is loaded by it, and the differe
 
   --workdir=DIR        the run
   --out=DIR            the folder to write, new or empty
-  --to=TARGET          timm, hf (ViTModel, ResNetModel), torchvision or safetensors (the arrays alone); by default timm,
-                       or safetensors where timm has no class for the encoder
+  --to=TARGET          timm, hf (ViTModel, ResNetModel), hf_mae (ViTMAEForPreTraining, with the decoder), torchvision or
+                       safetensors (the arrays alone); by default timm, or safetensors where timm has no class
   --step=N             which checkpoint; by default the newest
 """
 
@@ -24,6 +24,7 @@ from absl import flags
 from ssl_jax import augment, build, data
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
+from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.run import cli, log
 from ssl_jax.run.workdir import read_resolved
 from ssl_jax.weights import export
@@ -51,18 +52,20 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
     target = "safetensors"
     cli.say(f"{reason}: the arrays alone are written")
   facts = facts_of(workdir, restored)
-  exported = export.make(encoder, variables, view, target or "timm", channels=channels, facts=facts)
-  export.write(exported, out)
-
   images, source = real_images(config, view)
-  differences = export.prove(exported, out, encoder, variables, images) if len(images) else {}
+  if target == "hf_mae":
+    exported, differences = with_decoder(restored, view, facts, out, images)
+  else:
+    exported = export.make(encoder, variables, view, target or "timm", channels=channels, facts=facts)
+    export.write(exported, out)
+    differences = export.prove(exported, out, encoder, variables, images) if len(images) else {}
   lines = [
-    f"{library}: the features of {len(images)} images of {source} differ by at most {value:.1e} of the largest"
+    f"{library}: the outputs for {len(images)} images of {source} differ by at most {value:.1e} of the largest"
     for library, value in differences.items()
   ]
   if not lines:
     needed = " and ".join(exported.readers)
-    missing = f"{needed} and torch are needed here" if needed else "no library but ssl_jax has a class for it"
+    missing = f"{needed} and torch are needed here" if needed else "ssl_jax alone loads these arrays"
     lines = [f"nothing was proven: {missing if len(images) else 'there are no images to compare by'}"]
   (out / "README.md").write_text(card(out.resolve().name, exported, facts, view, lines))
   for line in [f"step {restored.step} of {workdir}: {facts['weights']}", *lines]:
@@ -70,8 +73,24 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
   for path in sorted(out.iterdir()):
     cli.say(f"wrote {path}")
   if wrong := [library for library, value in differences.items() if not value <= export.TOLERANCE]:
-    raise UserError(f"the features of {', '.join(wrong)} differ by more than {export.TOLERANCE:g}: do not use {out}.")
+    raise UserError(f"the outputs of {', '.join(wrong)} differ by more than {export.TOLERANCE:g}: do not use {out}.")
   return 0
+
+
+def with_decoder(restored: build.RestoredRun, view, facts, out: pathlib.Path, images: np.ndarray):
+  """Writes a MAE with its decoder. Returns (export.Exported, the differences)."""
+  config = restored.config
+  encoder: Any = restored.encoder  # a ViT
+  if config.method.name != "mae":
+    raise UserError(f"--to=hf_mae is for runs of mae, and this is one of {config.method.name}: --to=hf.")
+  facts["weights"] = "the encoder and the decoder"
+  channels, settings = config.data.channels, config.method
+  decoder = MAEDecoder(encoder.patch_size**2 * channels, **settings.decoder)
+  params = jax.device_get(restored.params)
+  exported = export.make_mae(encoder, decoder, params, view, settings=settings, channels=channels, facts=facts)
+  export.write(exported, out)
+  proven = export.prove_mae(out, encoder, decoder, params, images, settings.mask_ratio) if len(images) else {}
+  return exported, proven
 
 
 def facts_of(workdir: pathlib.Path, restored: build.RestoredRun) -> dict[str, Any]:
@@ -114,7 +133,7 @@ def card(
   name: str, exported: export.Exported, facts: dict[str, Any], view: augment.EvaluationView, proof: list[str]
 ) -> str:
   """The model card, with the header that the Hugging Face Hub reads."""
-  library = {"hf": "transformers", "timm": "timm"}.get(exported.target)
+  library = exported.readers[0] if exported.readers and exported.target != "torchvision" else None
   head = [f"library_name: {library}"] if library else []
   head += ["pipeline_tag: image-feature-extraction", f"tags: [self-supervised, {facts['method']}]"]
   values = sum(x.size for x in exported.state.values())
@@ -158,7 +177,7 @@ def main() -> None:
     return
   workdir = flags.DEFINE_string("workdir", None, "the run")
   out = flags.DEFINE_string("out", None, "the folder to write, new or empty")
-  target = flags.DEFINE_enum("to", None, export.TARGETS, "for which library")
+  target = flags.DEFINE_enum("to", None, [*export.TARGETS, "hf_mae"], "for which library")
   step = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
 
   def start():

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from ssl_jax import convert
 from ssl_jax.augment import EvaluationView
 from ssl_jax.errors import UserError
+from ssl_jax.methods.mae import mask_from_noise
+from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.models.resnet import ResNet
-from ssl_jax.models.vit import ViT
+from ssl_jax.models.vit import ViT, sincos_positions
 from ssl_jax.weights import layouts
 
-TARGETS = ("timm", "hf", "torchvision", "safetensors")
+TARGETS = ("timm", "hf", "torchvision", "safetensors")  # and "hf_mae", which has a decoder
 TOLERANCE = 1e-4  # of the largest feature: float32 in another order of sums
 _BICUBIC, _BILINEAR = 3, 2  # Pillow's numbers
 _RESNETS = {  # (stages, bottleneck)
@@ -49,7 +52,7 @@ class Exported(NamedTuple):
   """What a folder gets.
 
   Attributes:
-    target: one of TARGETS.
+    target: one of TARGETS, or "hf_mae".
     state: the arrays of model.safetensors.
     config: config.json.
     preprocessor: preprocessor_config.json; None: config.json says it, or there is no library that reads it.
@@ -114,6 +117,38 @@ def make(
   return Exported(target, state, config, preprocessor, usage, readers)
 
 
+def make_mae(
+  encoder: ViT, decoder: MAEDecoder, params: Any, view: EvaluationView, *, settings: Any, channels: int, facts: Any
+) -> Exported:
+  """A MAE with its decoder, as ViTMAEForPreTraining.
+
+  Args:
+    encoder, decoder: the modules.
+    params: {"encoder", "decoder"}.
+    view, channels, facts: see `make`.
+    settings: the recipe's section `method`.
+  """
+  state = layouts.vit_to_hf(layouts.whole_state(encoder, {"params": params["encoder"]}, view.size))
+  state = {f"vit.{name}": x for name, x in state.items()}
+  grid = view.size // encoder.patch_size
+  rest = convert.to_torch({"params": params["decoder"]})
+  rest["decoder_pos_embed"] = sincos_positions(grid, grid, decoder.dim, row_first=False)
+  state |= {f"decoder.{k}": np.ascontiguousarray(x, np.float32) for k, x in layouts.decoder_to_hf(rest).items()}
+  config = vit_config(encoder, view, channels) | dict(architectures=["ViTMAEForPreTraining"], model_type="vit_mae")
+  config |= dict(decoder_hidden_size=decoder.dim, decoder_num_hidden_layers=decoder.depth)
+  config |= dict(decoder_num_attention_heads=decoder.heads, mask_ratio=settings.mask_ratio)
+  config |= dict(
+    decoder_intermediate_size=int(decoder.dim * decoder.mlp_ratio), norm_pix_loss=settings.normalize_target
+  )
+  config["ssl_jax"] = facts | {"encoder": shape_of(encoder), "channels": channels, "eval_view": view._asdict()}
+  usage = (
+    'model = transformers.ViTMAEForPreTraining.from_pretrained("FOLDER")\n'
+    'processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")\n'
+    'patches = model(**processor(picture, return_tensors="pt")).logits  # of which most were removed at random'
+  )
+  return Exported("hf_mae", state, config, _preprocessor(view, channels), usage, ("transformers",))
+
+
 def write(exported: Exported, folder: pathlib.Path) -> None:
   """Writes the folder, which must be new or empty."""
   if folder.exists() and any(folder.iterdir()):
@@ -152,6 +187,31 @@ def prove(
       difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
       found[f"{library} {importlib.metadata.version(library)}"] = float(difference)
   return found
+
+
+def prove_mae(
+  folder: pathlib.Path, encoder: ViT, decoder: MAEDecoder, params: Any, images: np.ndarray, mask_ratio: float
+) -> dict[str, float]:
+  """As `prove`, for a MAE with its decoder: the predicted patches, where the same ones are removed."""
+  if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+    return {}
+  import torch
+  import transformers
+
+  grid = tuple(side // encoder.patch_size for side in images.shape[1:3])
+  noise = np.random.default_rng(0).random((len(images), grid[0] * grid[1]), np.float32)
+  visible, _, restore = mask_from_noise(jnp.asarray(noise), int(noise.shape[1] * (1 - mask_ratio)))
+  with jax.default_matmul_precision("highest"):
+    encode = encoder.clone(dtype=jnp.float32).apply
+    tokens = encode({"params": params["encoder"]}, images, keep=visible, method="tokens")
+    decode = decoder.clone(dtype=jnp.float32).apply
+    want = np.asarray(decode({"params": params["decoder"]}, tokens, restore, grid))
+  model = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+  with torch.no_grad():
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    got = model(pixels, noise=torch.from_numpy(noise)).logits.numpy()
+  difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
+  return {f"transformers {importlib.metadata.version('transformers')}": float(difference)}
 
 
 def _timm(encoder, state, view, channels):
