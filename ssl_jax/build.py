@@ -27,6 +27,7 @@ from ssl_jax.methods.base import AXIS, Context, Method
 from ssl_jax.run import checkpoint
 from ssl_jax.run.workdir import read_resolved
 from ssl_jax.training import TrainState
+from ssl_jax.weights import initial
 
 
 class Run(NamedTuple):
@@ -138,6 +139,14 @@ def run(config: Any) -> Run:
     extractor=extractor,
     painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
   )
+
+
+def start(run: Run) -> tuple[TrainState, list[str]]:
+  """(the state before the first step, what was put into it in lines for people): see `init_from` of the config."""
+  if not run.config.get("init_from"):
+    return run.init(), []
+  settings = run.config.method, run.config.data.channels
+  return initial.start_from(pathlib.Path(run.config.init_from).expanduser(), run.init(), run.encoder, *settings)
 
 
 class Program(NamedTuple):

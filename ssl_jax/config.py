@@ -27,6 +27,7 @@ _NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
 _SIDE = optional(whole())
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
   "seed": whole(0, required=True),
+  "init_from": optional(text()),
   "epochs": whole(required=True),
   "steps": optional(whole()),
   "stop_after_steps": optional(whole()),
@@ -80,6 +81,7 @@ def base() -> ml_collections.ConfigDict:
   """The shared keys; a recipe starts from them and sets the rest."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.init_from = config_dict.placeholder(str)  # a workdir, an export or a file of weights to start from
   config.epochs = 100
   config.steps = config_dict.placeholder(int)  # in place of epochs
   config.stop_after_steps = config_dict.placeholder(int)  # ends a run early, leaves every schedule alone
