@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch_files
 from named_weights import named_images, named_weight
-from trajectories import error
+from trajectories import error, named_variables
 
 import ssl_jax
 from ssl_jax import build, convert, load_weights
@@ -187,6 +187,32 @@ def test_what_does_not_fit_is_an_error_that_names_it_and_both_models(golden, tmp
   with pytest.raises(UserError, match=r"holds no weight file: give one file, a folder with model\.safetensors"):
     (tmp_path / "empty").mkdir()
     load_weights(tmp_path / "empty", DINO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, model, part, prefix, images, key",
+  [
+    ("dino_vit_small16", vit.vit_small(patch_size=16), "teacher", "backbone.", "images224", "cls224"),
+    (
+      "moco_v3_vit_small",
+      vit.vit_small(patch_size=16, heads=12, positions="row_first"),
+      "state_dict",
+      "module.base_encoder.",
+      "images",
+      "features",
+    ),
+    ("resnet50", resnet.resnet50(), "state_dict", "module.encoder_q.", "images", "eval"),
+  ],
+)
+def test_full_size_official_files_give_the_official_features(golden, tmp_path, name, model, part, prefix, images, key):
+  side, count = (96, 4) if name == "resnet50" else (224, 2)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False))
+  state = layouts.whole_state(model, named_variables(shapes, "", {}, jnp.float32))
+  tree = {part: {prefix + entry: value for entry, value in state.items()}, "epoch": 1}
+  variables = load_weights(torch_files.save(tmp_path / "x.pth", tree), model).variables
+  drawn = named_images(f"{name}/{images}", (count, side, side, 3))
+  assert error(features(model, variables, drawn), golden("official_models")[f"{name}/{key}"]) < 1e-4
 
 
 def test_a_runs_encoder_comes_with_the_rest_of_its_checkpoint(unbroken):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -111,6 +112,14 @@ def test_other_files_are_told_apart(tmp_path, content, text):
     (tmp_path / "x").write_bytes(content)
   with pytest.raises(UserError, match=text):
     files.read(tmp_path / "x")
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
+  with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as file:
+    file.writestr("archive/data.pkl", pickle.dumps({}, 2))
+    file.writestr("archive/data/0", bytes(1 << 20))
+  with pytest.raises(UserError, match="is compressed"):
+    files.read(tmp_path / "x.pth")
 
 
 def test_a_file_without_a_dict_says_how_to_save_one(tmp_path):

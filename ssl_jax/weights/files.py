@@ -206,8 +206,6 @@ class _Unpickler(pickle.Unpickler):
       raise UserError("has storages that are parts of others: load it and save it again with PyTorch 1.6 or later.")
     if key not in self.arrays:
       self.arrays[key] = self.storage(key, _STORAGES[storage_type], count)
-    if self.arrays[key].dtype != _STORAGES[storage_type]:
-      raise ValueError(f"storage {key} has two types")
     return self.arrays[key]
 
   def tensor(self, storage, offset, shape, strides, *_):
