@@ -248,7 +248,8 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
   if differ:
     raise UserError(
       f"this workdir was started with another config ({'; '.join(differ)}). "
-      "Give the old values to go on with that run, or another --workdir to start a new one."
+      "Give the old values to go on with that run, or another --workdir to start a new one: from this one's weights "
+      "with --config.init_from and the name of this workdir."
     )
 
 

@@ -34,7 +34,6 @@ ENCODERS = {  # where each method keeps one: parameters, batch statistics
     ("params.encoder", "state.batch_stats.encoder"),
     ("state.target_params.encoder", "state.target_batch_stats.encoder"),
   ],
-  "mae_quickstart": [("params.encoder", None)],
 }
 
 

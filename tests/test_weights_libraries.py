@@ -18,7 +18,7 @@ from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.weights import export
 
 for library in ("torch", "timm", "transformers", "torchvision"):
-  pytest.importorskip(library, reason=f"{library} is not installed: pip install -r requirements-bench.txt transformers")
+  pytest.importorskip(library, reason=f"{library} is not installed: pip install -r requirements-bench.txt")
 
 import timm  # noqa: E402
 import torch  # noqa: E402

@@ -116,7 +116,7 @@ def _read_safetensors(file):
 
 
 def _read_shards(path, index):
-  found: dict[str, Any] = {}
+  found = {}
   for name in sorted(set(index["weight_map"].values())):
     if pathlib.PurePath(name).name != name:
       raise UserError(f"names a shard outside its folder: {name!r}.")
@@ -174,7 +174,7 @@ class _Unpickler(pickle.Unpickler):
     super().__init__(file, encoding="utf-8")
     self.storage, self.arrays = storage, {}
     # Made anew for every file: a pickle can set attributes of what it is given.
-    known: dict[tuple[str, str], Any] = {
+    known = {
       ("collections", "OrderedDict"): collections.OrderedDict,
       ("argparse", "Namespace"): type("Namespace", (types.SimpleNamespace,), {}),
       ("torch._utils", "_rebuild_tensor_v2"): self.tensor,

@@ -198,11 +198,17 @@ def with_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 def facts(state: Mapping[str, np.ndarray]) -> str:
   """The model of ours that a state dict under timm's or torchvision's names is of, as one would write it."""
-  if "patch_embed.proj.weight" in state:
-    dim, _, _, patch = state["patch_embed.proj.weight"].shape
+  if (kernel := state.get("patch_embed.proj.weight")) is not None:
+    if kernel.ndim != 4:
+      return f"a ViT whose patch embedding {kernel.shape} is no convolution"
+    dim, _, _, patch = kernel.shape
     depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
-    side = f", image_size={grid_of(state['pos_embed']) * patch}" if "pos_embed" in state else ""
+    side = (
+      f", image_size={grid_of(state['pos_embed']) * patch}"
+      if "pos_embed" in state and state["pos_embed"].ndim == 3
+      else ""
+    )
     return f"ViT(patch_size={patch}, dim={dim}, depth={depth}, mlp_ratio={hidden / dim:g}{side})"
   stages = [0] * 4
   for name in state:
@@ -211,7 +217,7 @@ def facts(state: Mapping[str, np.ndarray]) -> str:
   given = f"stages={tuple(n for n in stages if n)}"
   if "layer1.0.conv3.weight" in state:
     given += ", bottleneck=True"
-  if "conv1.weight" in state:
+  if "conv1.weight" in state and state["conv1.weight"].ndim == 4:
     out, channels, _, kernel = state["conv1.weight"].shape
     given += f", width={out / 64:g}, {'7x7' if kernel == 7 else f'{kernel}x{kernel}'} stem of {channels} channels"
   return f"ResNet({given})"
