@@ -204,11 +204,8 @@ def facts(state: Mapping[str, np.ndarray]) -> str:
     dim, _, _, patch = kernel.shape
     depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
-    side = (
-      f", image_size={grid_of(state['pos_embed']) * patch}"
-      if "pos_embed" in state and state["pos_embed"].ndim == 3
-      else ""
-    )
+    positions = state.get("pos_embed", np.zeros(0))
+    side = f", image_size={grid_of(positions) * patch}" if positions.ndim == 3 else ""
     return f"ViT(patch_size={patch}, dim={dim}, depth={depth}, mlp_ratio={hidden / dim:g}{side})"
   stages = [0] * 4
   for name in state:
