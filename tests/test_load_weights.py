@@ -122,6 +122,18 @@ def test_hugging_faces_folders_give_their_features(golden, tmp_path, name, model
   assert loaded.extra.keys() == ({"pooler.dense.weight", "pooler.dense.bias"} if name == "vit" else set())
 
 
+def test_a_folder_may_hold_pytorchs_own_file_and_one_of_two_is_not_guessed(golden, tmp_path):
+  state = {name: x for name, x in weights(golden("hf_models"), "vit/").items() if x.ndim}
+  torch_files.save(tmp_path / "pytorch_model.bin", state)
+  (tmp_path / "training_args.bin").write_bytes(b"")
+  loaded = load_weights(tmp_path, TINY_VIT)
+  want = state["embeddings.position_embeddings"]
+  np.testing.assert_array_equal(loaded.variables["params"]["pos_embed"], want)
+  (tmp_path / "pytorch_model.bin").rename(tmp_path / "last.pth")
+  with pytest.raises(UserError, match=r"holds last\.pth, training_args\.bin: give one file"):
+    load_weights(tmp_path, TINY_VIT)
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_hugging_faces_names_there_and_back(golden, name):
   state = {k: v for k, v in weights(golden("hf_models"), f"{name}/").items() if "pooler" not in k and v.ndim}
