@@ -53,7 +53,12 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
     say(line)
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
 
-  train = TrainState(**restored[1]) if restored else run.init()
+  if restored:
+    train = TrainState(**restored[1])
+  else:
+    train, told = cluster.together(lambda: build.start(run))
+    for line in told:
+      say(line)
   step, number = fit(run, train, start, workdir, stopping)
   if step < run.last_step:
     name = signal.Signals(number).name

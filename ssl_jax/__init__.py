@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.moco import moco as moco
   from ssl_jax.methods.moco_v3 import moco_v3 as moco_v3
   from ssl_jax.methods.simclr import simclr as simclr
+  from ssl_jax.weights.load import load_weights as load_weights
 
 _HOMES = {  # the module of each name
   "Aux": "methods.base",
@@ -49,6 +50,7 @@ _HOMES = {  # the module of each name
   "dino_loss": "losses",
   "info_nce": "losses",
   "knn_predict": "evaluation.knn",
+  "load_weights": "weights.load",
   "logistic_regression": "evaluation.linear",
   "mae": "methods.mae",
   "mae_loss": "losses",

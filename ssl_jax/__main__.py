@@ -3,6 +3,7 @@
   check      reads every image of a folder and says what training will find
   prepare    writes a data set on disk, ready to train on
   show       draws the views that a recipe makes of its first images
+  export     writes a run's encoder for timm, transformers or torchvision
 
 python -m ssl_jax COMMAND --help tells what a command takes.
 """
@@ -10,7 +11,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show")
+COMMANDS = ("check", "prepare", "show", "export")
 
 
 def main() -> int:

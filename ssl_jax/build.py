@@ -31,6 +31,7 @@ from ssl_jax.methods.base import AXIS, Context, Method
 from ssl_jax.run import checkpoint
 from ssl_jax.run.workdir import read_resolved
 from ssl_jax.training import TrainState
+from ssl_jax.weights import initial
 
 _AT_ONCE = 256  # images that a restored encoder computes the features of
 
@@ -144,6 +145,14 @@ def run(config: Any) -> Run:
     extractor=extractor,
     painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
   )
+
+
+def start(run: Run) -> tuple[TrainState, list[str]]:
+  """(the state before the first step, what was put into it in lines for people): see `init_from` of the config."""
+  if not run.config.get("init_from"):
+    return run.init(), []
+  settings = run.config.method, run.config.data.channels
+  return initial.start_from(pathlib.Path(os.path.expanduser(run.config.init_from)), run.init(), run.encoder, *settings)
 
 
 class Program(NamedTuple):
@@ -266,6 +275,27 @@ class Restored(NamedTuple):
     return np.concatenate(found)
 
 
+class RestoredRun(NamedTuple):
+  """A run's method with its parameters and state, heads, teacher and queue among them, but no optimizer.
+
+  Attributes:
+    method: the method.
+    encoder: its encoder for evaluation.
+    params, state: of the checkpoint.
+    step: of the checkpoint.
+    config: the run's.
+    init: () -> TrainState, what the run began with, without an optimizer.
+  """
+
+  method: Method
+  encoder: nn.Module
+  params: Any
+  state: Any
+  step: int
+  config: Any
+  init: Callable[[], TrainState]
+
+
 def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
   """Restores the encoder that a run's method evaluates, onto this process's devices, however many wrote it.
 
@@ -276,6 +306,20 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   Raises:
     UserError: there is no such run or checkpoint, or it cannot be read.
   """
+  run = restore(workdir, step)
+  mesh, eval_view = parallel.make_mesh(), configs.eval_view(run.config)
+  extractor = features.Extractor(run.encoder, eval_view, mesh, -(-_AT_ONCE // mesh.size) * mesh.size)
+  variables = run.method.encoder(run.params, run.state)
+
+  def untrained():
+    begun = run.init()
+    return run.method.encoder(begun.params, begun.state)
+
+  return Restored(run.encoder, variables, run.step, run.config, eval_view, extractor, untrained)
+
+
+def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
+  """Restores all that a run's method has; arguments and errors are those of `restore_encoder`."""
   workdir = pathlib.Path(workdir)
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is not a run: it has no config.json.")
@@ -292,17 +336,11 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   steps = resolved.get("steps", max(step, 1))
   method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))
   init = training.make_init(method, optax.identity(), configs.views(config), config.data.channels, config.seed)
-  mesh, eval_view = parallel.make_mesh(), configs.eval_view(config)
+  mesh = parallel.make_mesh()
   state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
   try:
     restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
     raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
-  variables = method.encoder(restored["params"], restored["state"])
-  extractor = features.Extractor(encoder, eval_view, mesh, -(-_AT_ONCE // mesh.size) * mesh.size)
-
-  def untrained():
-    begun = jax.jit(init, out_shardings=parallel.replicated(mesh))()
-    return method.encoder(begun.params, begun.state)
-
-  return Restored(encoder, variables, step, config, eval_view, extractor, untrained)
+  init = jax.jit(init, out_shardings=parallel.replicated(mesh))
+  return RestoredRun(method, encoder, restored["params"], restored["state"], step, config, init)

@@ -27,6 +27,7 @@ _NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
 _SIDE = optional(whole())
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
   "seed": whole(0, required=True),
+  "init_from": optional(text()),
   "epochs": whole(required=True),
   "steps": optional(whole()),
   "stop_after_steps": optional(whole()),
@@ -81,6 +82,7 @@ def base() -> ml_collections.ConfigDict:
   """The shared keys; a recipe starts from them and sets the rest."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.init_from = config_dict.placeholder(str)  # a workdir, an export or a file of weights to start from
   config.epochs = 100
   config.steps = config_dict.placeholder(int)  # in place of epochs
   config.stop_after_steps = config_dict.placeholder(int)  # ends a run early, leaves every schedule alone
@@ -253,7 +255,8 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
   if differ:
     raise UserError(
       f"this workdir was started with another config ({'; '.join(differ)}). "
-      "Give the old values to go on with that run, or another --workdir to start a new one."
+      "Give the old values to go on with that run, or another --workdir to start a new one: from this one's weights "
+      "with --config.init_from and the name of this workdir."
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from ssl_jax.errors import UserError
+
 _LEAVES = {
   "cls_token": "cls_token",
   "pos_embed": "pos_embed",
@@ -54,7 +56,7 @@ def from_torch(
     A tree like `variables` with NumPy arrays: convolutions OIHW -> HWIO, matrices [out, in] -> [in, out].
 
   Raises:
-    ValueError: entries are missing, unexpected or of another shape; at most ten of each are named.
+    UserError: entries are missing, unexpected or of another shape; at most ten of each are named.
   """
   given = {
     name.removeprefix(prefix): np.asarray(value)
@@ -81,7 +83,7 @@ def from_torch(
     _list("of another shape", mismatched),
   ]
   if any(problems):
-    raise ValueError("the state dict does not fit the model. " + " ".join(filter(None, problems)))
+    raise UserError("the state dict does not fit the model. " + " ".join(filter(None, problems)))
   return traverse_util.unflatten_dict(out)
 
 

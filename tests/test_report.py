@@ -47,6 +47,8 @@ def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():
     "  raw pixels             70.00 %",
   ]
   assert report.summary(config, rows[:1]) == []
+  config.init_from = "weights.pth"
+  assert "  encoder, as loaded     60.00 %" in report.summary(config, rows)
 
 
 def test_what_is_not_finite_is_named_with_its_array():

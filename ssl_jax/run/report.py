@@ -69,7 +69,7 @@ def summary(config, rows: list[dict]) -> list[str]:
   figures = {
     "encoder": last["knn_top1"],
     "encoder, balanced": last.get("knn_balanced"),
-    "encoder, untrained": first["knn_top1"],
+    f"encoder, {'as loaded' if getattr(config, 'init_from', None) else 'untrained'}": first["knn_top1"],
     "guessing": first.get("guessing_top1"),
     "raw pixels": first.get("pixels_top1"),
     "pixels, centred": first.get("pixels_centred_top1"),

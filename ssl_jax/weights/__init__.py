@@ -1,0 +1,1 @@
+"""Weights in and out: files, layouts of other libraries, exports."""

@@ -1,0 +1,159 @@
+"""What a folder for other libraries holds; that they load it is shown by hand (test_weights_libraries.py)."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from ssl_jax import build, convert, load_weights
+from ssl_jax.augment import EvaluationView
+from ssl_jax.commands import export as command
+from ssl_jax.errors import UserError
+from ssl_jax.methods import mae
+from ssl_jax.models import resnet, vit
+from ssl_jax.models.mae import MAEDecoder
+from ssl_jax.run import cli
+from ssl_jax.weights import export, files, layouts
+
+VIEW = EvaluationView(20, 16, "bilinear", mean=(0.5,), std=(0.2,))
+SHAPE = dict(patch_size=4, dim=24, depth=2, heads=3, image_size=16)
+FIXED = vit.ViT(**SHAPE, positions="column_first", features="mean")
+LEARNED = vit.ViT(**SHAPE)
+
+
+def random(model, channels=1):
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 16, channels)), train=False))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+def make(model, target, view=VIEW, **kwargs):
+  variables = random(model, **kwargs)
+  return variables, export.make(model, variables, view, target, channels=kwargs.get("channels", 1), facts={})
+
+
+def test_fixed_positions_are_written_out_and_timm_is_told_where_the_mean_is_taken():
+  _, made = make(FIXED, "timm")
+  np.testing.assert_array_equal(made.state["pos_embed"], vit.sincos_positions(4, 4, 24, row_first=False))
+  want = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4, in_chans=1)
+  assert made.config["model_args"] == want | dict(global_pool="avg", fc_norm=False)
+  images = made.config["pretrained_cfg"]
+  assert (images["input_size"], images["mean"], images["std"]) == ([1, 16, 16], [0.5], [0.2])
+  assert (images["interpolation"], math.floor(16 / images["crop_pct"])) == ("bilinear", 20)
+
+
+def test_positions_are_those_of_the_images_that_evaluation_sees():
+  view = VIEW._replace(size=24, resize=24)
+  variables, made = make(LEARNED, "hf", view)
+  want = vit.interpolate_positions(jnp.asarray(variables["params"]["pos_embed"]), 6, 6)
+  np.testing.assert_array_equal(made.state["embeddings.position_embeddings"], want)
+  assert made.config["image_size"] == 24
+
+
+def test_timm_resizes_to_the_same_side_from_its_share():
+  for resize in range(1, 600):
+    for size in {resize, max(1, resize * 7 // 8), max(1, resize // 3)}:
+      share = export._crop_share(EvaluationView(resize, size))
+      assert math.floor(size / json.loads(json.dumps(share))) == resize
+
+
+def test_hugging_faces_names_and_shape(golden):
+  _, made = make(LEARNED, "hf", channels=3)
+  g = golden("hf_models")
+  want = {k.removeprefix("vit/"): g[k].shape for k in g.files if k.startswith("vit/") and "pooler" not in k}
+  assert {name: x.shape for name, x in made.state.items()} == want
+  shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
+  assert [made.config[key] for key in shape] == [24, 2, 3, 96, 1e-6]
+  crop = made.preprocessor["size"], made.preprocessor["crop_size"], made.preprocessor["resample"]
+  assert crop == ({"shortest_edge": 20}, {"height": 16, "width": 16}, 2)
+  _, made = make(resnet.ResNet(stages=(1, 2), width=0.125), "hf", channels=3)
+  assert made.state.keys() == {k.removeprefix("resnet/") for k in g.files if k.startswith("resnet/")}
+  assert (made.config["hidden_sizes"], made.config["depths"], made.config["layer_type"]) == ([8, 16], [1, 2], "basic")
+
+
+def test_torchvisions_names_there_and_back():
+  variables, made = make(LEARNED, "torchvision", VIEW, channels=3)
+  assert "encoder.layers.encoder_layer_1.self_attention.in_proj_weight" in made.state
+  back = layouts.vit_from_torchvision(made.state)
+  want = convert.to_torch(variables)
+  assert back.keys() == want.keys() and all(np.array_equal(back[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+  "model, target, text",
+  [
+    (resnet.resnet18(stem="small"), "timm", "a ResNet with the stem 'small'"),
+    (resnet.resnet18(project_first=True), "hf", "project_first"),
+    (resnet.resnet50(width=2), "timm", r"timm has no ResNet of stages=\(3, 4, 6, 3\), width=2"),
+    (resnet.resnet50(), "torchvision", "take 3 channels, and the images have 1"),
+    (FIXED, "torchvision", "gives the class token, and the features are 'mean'"),
+  ],
+)
+def test_what_a_library_has_no_class_for_is_refused_with_the_reason(model, target, text):
+  with pytest.raises(UserError, match=f"{text}.*--to=safetensors"):
+    export.make(model, {}, VIEW, target, channels=1, facts={})
+  assert not export.why_not(model, "safetensors", 1)
+
+
+@pytest.mark.parametrize("target", export.TARGETS)
+def test_a_folder_comes_back_as_it_was(tmp_path, target):
+  variables, made = make(LEARNED, target, VIEW, channels=3)
+  export.write(made, tmp_path / "out")
+  jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "out", LEARNED).variables, variables)
+  with pytest.raises(UserError, match="is not empty"):
+    export.write(made, tmp_path / "out")
+
+
+def test_a_mae_goes_out_with_its_decoder(tmp_path):
+  decoder = MAEDecoder(16, dim=12, depth=1, heads=2)
+  shapes = jax.eval_shape(mae.mae(FIXED, decoder).init, jax.random.key(0), (jnp.zeros((1, 1, 16, 16, 1)),))[0]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  settings = ml_collections.ConfigDict(dict(mask_ratio=0.6, normalize_target=True))
+  made = export.make_mae(FIXED, decoder, params, VIEW, settings=settings, channels=1, facts={})
+  names = {name for name in made.state if name.startswith("decoder.") and "layers" not in name}
+  parts = [f"decoder.decoder_{part}.{leaf}" for part in ("embed", "norm", "pred") for leaf in ("weight", "bias")]
+  assert names == {"decoder.mask_token", "decoder.decoder_pos_embed", *parts}
+  value = made.state["decoder.decoder_layers.0.attention.attention.value.weight"]
+  np.testing.assert_array_equal(value, params["decoder"]["decoder_blocks_0"]["attn"]["qkv"]["kernel"].T[24:])
+  assert (made.config["decoder_hidden_size"], made.config["mask_ratio"], made.config["norm_pix_loss"]) == (
+    12,
+    0.6,
+    True,
+  )
+  export.write(made, tmp_path / "out")
+  back = load_weights(tmp_path / "out", FIXED)
+  jax.tree.map(np.testing.assert_array_equal, back.variables["params"], params["encoder"])
+  assert "decoder.mask_token" in back.extra
+
+
+def test_another_number_of_heads_than_the_exports_is_refused(tmp_path):
+  for target in export.TARGETS:
+    export.write(make(LEARNED, target, VIEW, channels=3)[1], tmp_path / target)
+    with pytest.raises(UserError, match="heads"):
+      load_weights(tmp_path / target, LEARNED.clone(heads=6))
+
+
+def test_the_command_writes_what_a_run_evaluates_and_says_that_nothing_was_proven(unbroken, tmp_path, capsys):
+  assert command.run(unbroken[0], tmp_path / "mine", None, None) == 0
+  printed = capsys.readouterr().out
+  assert "a ResNet with the stem 'patch': the arrays alone are written" in printed
+  assert "nothing was proven: ssl_jax alone loads these arrays" in printed
+  run = build.restore_encoder(unbroken[0])
+  jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "mine", run.encoder).variables, run.variables)
+  text = (tmp_path / "mine" / "README.md").read_text()
+  assert "by simclr on fashion_mnist_mini (train[:512], 512 images)" in text
+  assert "the encoder, without the projector, after step 20 of 20 of 64 images" in text and "k-NN top-1" in text
+  assert json.loads((tmp_path / "mine" / "config.json").read_text())["ssl_jax"]["figures"]["loss"] > 0
+  assert files.read(tmp_path / "mine" / "model.safetensors")["conv1.weight"].dtype == np.float32
+
+
+def test_features_that_differ_are_an_error(unbroken, tmp_path, monkeypatch):
+  monkeypatch.setattr(cli, "say", lambda line: None)
+  monkeypatch.setattr(export, "prove", lambda *args: {"timm 1": float("nan")})
+  with pytest.raises(UserError, match=r"outputs of timm 1 differ by more than 0\.0001: do not use"):
+    command.run(unbroken[0], tmp_path / "mine", None, None)

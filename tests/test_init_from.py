@@ -1,0 +1,132 @@
+"""A run starts from weights: every encoder of the method gets them, and a run of the same method gives all it has."""
+
+import pathlib
+import runpy
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from test_train import small_config
+
+import train
+from ssl_jax import build, training
+from ssl_jax import config as configs
+from ssl_jax.errors import UserError
+from ssl_jax.weights import layouts
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENCODERS = {  # where each method keeps one: parameters, batch statistics
+  "dino_quickstart:vit": [("params.encoder", None), ("state.teacher_params.encoder", None)],
+  "dino_quickstart": [
+    ("params.encoder", "state.batch_stats"),
+    ("state.teacher_params.encoder", "state.teacher_batch_stats"),
+  ],
+  "moco_quickstart": [
+    ("params.encoder", "state.batch_stats.encoder"),
+    ("state.key_params.encoder", "state.key_batch_stats.encoder"),
+  ],
+  "byol_quickstart": [
+    ("params.encoder", "state.batch_stats.encoder"),
+    ("state.target_params.encoder", "state.target_batch_stats.encoder"),
+  ],
+}
+
+
+def fake_run(config):
+  """What `build.start` looks at, with a state of random numbers in place of a compiled init."""
+  method, encoder = build.method_of(config, 100, 10)
+  init = training.make_init(method, optax.adamw(1e-3), configs.views(config), config.data.channels, 0)
+  shapes, rng = jax.eval_shape(init), np.random.default_rng(0)
+  state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0, 9, x.shape), x.dtype), shapes)
+  return types.SimpleNamespace(config=config, encoder=encoder, method=method, init=lambda: state)
+
+
+def recipe(name):
+  name, _, version = name.partition(":")
+  return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*([version] if version else []))
+
+
+def at(state, path):
+  tree = state._asdict()
+  for name in path.split("."):
+    tree = tree[name] if isinstance(tree, dict) else getattr(tree, name)
+  return tree
+
+
+def same(a, b):
+  return jax.tree.structure(a) == jax.tree.structure(b) and all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_of_a_method_starts_with_the_weights_and_nothing_else_changes(tmp_path, name):
+  run = fake_run(recipe(name))
+  before = run.init()
+  variables = jax.tree.map(lambda x: x + 1, run.method.encoder(before.params, before.state))
+  safetensors.numpy.save_file(layouts.whole_state(run.encoder, variables), tmp_path / "x.safetensors")
+  run.config.init_from = str(tmp_path / "x.safetensors")
+  after, told = build.start(run)
+  for params, stats in ENCODERS[name]:
+    assert same(at(after, params), variables["params"]), params
+    assert stats is None or same(at(after, stats), variables["batch_stats"]), stats
+  changed = sum(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+  assert changed == len(ENCODERS[name]) * len(jax.tree.leaves(variables))
+  assert any("initialised at random, as without weights: " in line for line in told)
+
+
+def test_without_weights_a_run_starts_as_it_did():
+  run = fake_run(recipe("mae_quickstart"))
+  assert build.start(run) == (run.init(), [])
+
+
+def test_weights_of_another_image_size_and_other_channels_are_made_to_fit(tmp_path):
+  run = fake_run(recipe("dino_quickstart:vit"))
+  other = run.encoder.clone(image_size=56)
+  shapes = jax.eval_shape(lambda: other.init(jax.random.key(0), jnp.zeros((1, 56, 56, 3)), train=False))
+  variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  safetensors.numpy.save_file(layouts.whole_state(other, variables), tmp_path / "x.safetensors")
+  run.config.init_from = str(tmp_path / "x.safetensors")
+  after, told = build.start(run)
+  assert {"channels: 3 made into 1 by timm's rule", "positions: interpolated from 8x8 to 4x4 patches"} <= set(told)
+  np.testing.assert_allclose(after.params["encoder"]["pos_embed"], 1, rtol=1e-5)
+  np.testing.assert_array_equal(after.state.teacher_params["encoder"]["patch_embed"]["proj"]["kernel"], 3)
+
+
+def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
+  run, there = fake_run(small_config(init_from=str(unbroken[0]))), build.restore(unbroken[0])
+  before, (after, told) = run.init(), build.start(run)
+  assert same(after.params, there.params) and same(after.state, there.state)
+  assert same((after.step, after.opt_state), (before.step, before.opt_state))
+  assert f"step 20 of {unbroken[0]}, a run of the same method: params.encoder, params.projector" in told[0]
+  run = fake_run(small_config(init_from=str(unbroken[0]), **{"method.projector.features": 4}))
+  with pytest.raises(
+    UserError, match=r"params\.projector\.linear2\.kernel: there \(16, 8\), here \(16, 4\).*export it"
+  ):
+    build.start(run)
+
+
+def test_a_run_of_another_method_gives_its_encoder(unbroken):
+  config = recipe("byol_quickstart")
+  config.encoder.width = 0.125
+  config.init_from = str(unbroken[0])
+  run, there = fake_run(config), build.restore_encoder(unbroken[0])
+  after, _ = build.start(run)
+  assert same(after.params["encoder"], there.variables["params"])
+  assert same(after.state.target_params["encoder"], there.variables["params"])
+
+
+@pytest.mark.slow
+def test_a_run_started_so_goes_on_without_reading_the_weights_again(unbroken, tmp_path, capsys):
+  weights = tmp_path / "weights"
+  shutil.copytree(unbroken[0], weights)
+  config = small_config(init_from=str(weights), stop_after_steps=1)
+  assert train.main(config, tmp_path / "run") == 0
+  assert "a run of the same method" in capsys.readouterr().out
+  shutil.rmtree(weights)
+  config.stop_after_steps = 2
+  assert train.main(config, tmp_path / "run") == 0
+  assert "resuming at step 1" in capsys.readouterr().out
