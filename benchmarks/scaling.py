@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import time
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=512"
@@ -20,11 +19,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import common
 import jax
-import numpy as np
+from compiled import collectives, trace_step
 
-from ssl_jax import augment, build, parallel
-from ssl_jax import config as configs
-from ssl_jax.methods.base import AXIS
+from ssl_jax import parallel
 
 RECIPES = ["simclr_imagenet", "moco_imagenet:v3_vit", "byol_imagenet", "mae_imagenet:large", "dino_imagenet:boost"]
 # Peak dense bfloat16 FLOP/s and bytes/s that a device sends to its neighbours, from the vendors' data sheets, and the
@@ -36,35 +33,6 @@ CHIPS = {
   "H100": (989e12, lambda n: 450e9 if n <= 8 else 50e9, lambda n: 1e-5 * math.log2(n)),
 }
 UTILISATION = 0.4  # of the peak while computing: an assumption
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shapes>.*?) (?P<kind>{KINDS})(?P<start>-start)?\(")
-
-
-def compile_step(config, devices):
-  """The training step for streamed images, as train.py compiles it."""
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
-  made = build.program(config, mesh, *configs.schedule_length(config, common.IMAGENET))
-  crops = augment.crop_shapes(configs.views(config), config.batch_size, 3)
-  return made.train_step.lower(made.state, parallel.abstract({"image": crops}, parallel.split(mesh))).compile()
-
-
-def collectives(text, devices):
-  """{kind: (count, bytes that a device sends)}; a ring sends (n - 1) / n of what is gathered or reduced."""
-  found = {}
-  for line in text.splitlines():
-    if not (match := COLLECTIVE.search(line)):
-      continue
-    kind = match["kind"]
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["shapes"])
-    size = sum(SIZES[t] * int(np.prod([int(x) for x in dims.split(",") if x])) for t, dims in arrays if t in SIZES)
-    if match["start"]:  # an asynchronous one lists its operands as well
-      size //= 2
-    sent = {"all-reduce": 2 * size, "reduce-scatter": size * devices}.get(kind, size)
-    sent = size if kind == "collective-permute" else sent * (devices - 1) / devices
-    count, total = found.get(kind, (0, 0))
-    found[kind] = count + 1, total + sent
-  return found
 
 
 def efficiency(flops, sent, count, devices, chip):
@@ -94,7 +62,7 @@ def main():
       config.encoder.name = args.encoder or config.encoder.name
       config.parallel.shard_state = args.shard_state
       start = time.perf_counter()
-      program = compile_step(config, devices)
+      program = trace_step(config, parallel.make_mesh(jax.devices()[:devices])).lower().compile()
       found, memory = collectives(program.as_text(), devices), program.memory_analysis()
       sent, count = sum(b for _, b in found.values()), sum(n for n, _ in found.values())
       row = dict(

@@ -364,10 +364,11 @@ def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def _shifts(n, reach, mode):
-  """Constant [2 reach + 1, n, n]: which pixel each tap of each output reads, edges included."""
-  padded = np.pad(np.arange(n), reach, mode=mode)
+  """[2 reach + 1, n, n]: which pixel each tap of each output reads, edges included."""
+  padded = np.pad(np.arange(n, dtype=np.int32), reach, mode=mode)
   source = np.stack([padded[i : i + n] for i in range(2 * reach + 1)])
-  return jnp.asarray(source[..., None] == np.arange(n), jnp.float32)
+  # Compared in the program, which would otherwise carry a constant of 4.6 MB for 23 taps at 224 pixels.
+  return (jnp.asarray(source)[..., None] == jnp.arange(n)[None, None]).astype(jnp.float32)
 
 
 def _between(uniform, low, high):

@@ -1,7 +1,7 @@
 """One program for one device or a pod of hosts: the mesh, shardings, and how parts of a batch are combined."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,12 @@ MONITORED = 256  # the approximate number of examples to which larger batches ar
 SMALLEST_SPLIT = 2**14  # entries; for smaller arrays the extra collective costs more than the saved memory is worth
 
 
-def make_mesh() -> Mesh:
-  """All devices of all processes on one axis, each process's adjacent: it has a contiguous part of each batch."""
-  return Mesh(np.array(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
+def make_mesh(devices: Sequence | None = None) -> Mesh:
+  """Devices on one axis, each process's adjacent: it has a contiguous part of each batch. None: all of all processes.
+
+  A mesh of devices that are only described (`jax.experimental.topologies`) compiles programs for them.
+  """
+  return Mesh(np.array(sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,8 +13,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 _QUERY_BLOCK = 1024
-# Bank rows compared at once. 4 MiB of similarities stay in a CPU's cache. An accelerator takes 64 MiB, since its chunks
-# follow one after the other and small ones leave it idle (chosen by size, not measured).
+# Bank rows compared at once. 4 MiB of similarities stay in a CPU's cache. Programs for accelerators take 64 MiB, since
+# chunks follow one after the other and small ones leave them idle (chosen by size, not measured).
 _CHUNK, _CHUNK_OF_ACCELERATORS = 2**10, 2**14
 
 
@@ -39,7 +39,7 @@ def knn_predict(
     k: number of neighbours; more than there are is all of them, with a warning.
     temperature: T > 0 of the votes exp(similarity / T).
     num_classes: None: the largest label + 1 (not under `jax.jit`).
-    chunk_size: bank rows compared at once; None: 1024 on a CPU and 16,384 on other backends. Similarities never take
+    chunk_size: bank rows compared at once; None: 1024 on a CPU and 16,384 elsewhere. Similarities never take
       more than [1024, chunk_size + k].
     exclude: int [Q], a bank row that does not count for this query: itself, where the bank is evaluated on itself.
     axis_name: mapped axis over which the bank is split into equal parts, in order; needs `num_classes`. Every device
@@ -83,21 +83,19 @@ def knn_predict(
       raise ValueError(f"bank_labels must be in [0, {num_classes}), got {lowest} to {highest}.")
   if exclude is None:
     exclude = jnp.full(queries.shape[:1], -1)
-  chunk_size = chunk_size or (_CHUNK if jax.default_backend() == "cpu" else _CHUNK_OF_ACCELERATORS)
   return _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size, axis_name)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, chunk_size, axis_name=None):
   rows, asked = bank.shape[0], queries.shape[0]
-  chunk, block = min(chunk_size, rows), min(_QUERY_BLOCK, asked)
-  starts = jnp.arange(0, rows, chunk)
+  block = min(_QUERY_BLOCK, asked)
   place = 0 if axis_name is None else lax.axis_index(axis_name) * rows  # of this part of the bank in the whole
 
-  def one_block(scores, start):
-    at_once = jnp.minimum(start, asked - block)  # The last block is moved back to fit, and written twice where it is.
-    block_queries = _unit(lax.dynamic_slice_in_dim(queries, at_once, block))
-    block_exclude = lax.dynamic_slice_in_dim(exclude, at_once, block)
+  def nearest_rows(block_queries, block_exclude, chunk):
+    """(similarity, row) [block, k] of each query's nearest bank rows."""
+    chunk = min(chunk, rows)
+    starts = jnp.arange(0, rows, chunk)
 
     def nearer(best, start):
       # The last chunk is moved back to fit; what it repeats is masked.
@@ -113,7 +111,17 @@ def _predict(bank, bank_labels, queries, exclude, temperature, k, num_classes, c
       return (values, jnp.where(at < k, found_before, first + at - k)), None
 
     nothing = jnp.full((block, k), -jnp.inf), jnp.zeros((block, k), starts.dtype)
-    (similarity, neighbours), _ = lax.scan(nearer, nothing, starts)
+    return lax.scan(nearer, nothing, starts)[0]
+
+  def one_block(scores, start):
+    at_once = jnp.minimum(start, asked - block)  # The last block is moved back to fit, and written twice where it is.
+    block_queries = _unit(lax.dynamic_slice_in_dim(queries, at_once, block))
+    block_exclude = lax.dynamic_slice_in_dim(exclude, at_once, block)
+    if chunk_size:
+      similarity, neighbours = nearest_rows(block_queries, block_exclude, chunk_size)
+    else:
+      on_cpu, elsewhere = (functools.partial(nearest_rows, chunk=size) for size in (_CHUNK, _CHUNK_OF_ACCELERATORS))
+      similarity, neighbours = lax.platform_dependent(block_queries, block_exclude, cpu=on_cpu, default=elsewhere)
     labels = bank_labels[neighbours]
     if axis_name is not None:  # the nearest of each part, in the order of the parts, then of all
       everyone = [lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (similarity, labels)]

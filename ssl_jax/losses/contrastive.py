@@ -13,8 +13,9 @@ from jax import lax
 
 from ssl_jax.losses._common import check_input, check_temperature, unit
 
-# take 64 MiB, since blocks come one after the other and small ones leave them idle (chosen by size, not measured).
-# take 64 MiB, since blocks follow one after the other and small ones leave them idle (chosen by size, not measured).
+# Similarities at once. Matrices of at most 4 MiB of float32, which stay in a CPU's cache, are not split. In programs
+# for accelerators blocks are of 64 MiB, since they follow one after the other and small ones leave those idle (chosen
+# by size, not measured).
 _BLOCK, _BLOCK_OF_ACCELERATORS = 2**20, 2**24
 
 
@@ -41,7 +42,7 @@ def nt_xent(
       the batch that is passed, on one device or as a sharded array under `jax.jit`.
     block_size: how many rows of the [2N, 2N] similarities exist at once. They are recomputed in the backward pass, so
       that memory is O(N d + N block_size). None: all rows of small batches, and of larger ones as many as have 2^20
-      similarities on a CPU and 2^24 on other backends.
+      similarities on a CPU and 2^24 elsewhere.
 
   Returns:
     float32 scalar (float64 for float64 inputs), >= 0: the mean over the 2N views of the global batch, the same on
@@ -71,8 +72,7 @@ def nt_xent(
   z1, z2 = unit(z1), unit(z2)
   scale = jnp.asarray(temperature, z1.dtype) ** -0.5
   z1, z2 = z1 * scale, z2 * scale  # their products are similarities / temperature
-  rows, block_size = 2 * z1.shape[0], _rows_at_once(2 * z1.shape[0], 2 * n_global, block_size)
-  negatives = _other_views if block_size >= rows else _other_views_in_blocks
+  negatives = _other_views if _at_once(2 * z1.shape[0], 2 * n_global, block_size) else _other_views_in_blocks
   with jax.default_matmul_precision("highest"):
     positive = jnp.sum(z1 * z2, axis=-1)  # of both views of an image
     loss = jnp.mean(jax.nn.softplus(negatives(z1, z2, axis_name, block_size) - positive[None]))
@@ -103,7 +103,7 @@ def info_nce(
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split.
     block_size: how many queries' similarities exist at once. None: all of small batches, and of larger ones as many as
-      have 2^20 similarities on a CPU and 2^24 on other backends.
+      have 2^20 similarities on a CPU and 2^24 elsewhere.
 
   Returns:
     float32 scalar (float64 for float64 inputs), the mean over the global batch, the same on every device. Uniform
@@ -136,24 +136,33 @@ def info_nce(
   own = jnp.full(query.shape[0], -1)  # index of each query's own key among the candidates; -1: not among them
   if queue is None:
     own = _places(query.shape[0], axis_name)
-  block_size = _rows_at_once(query.shape[0], candidates.shape[0], block_size)
-  negatives = _other_keys if block_size >= query.shape[0] else _other_keys_in_blocks
+  negatives = _other_keys if _at_once(query.shape[0], candidates.shape[0], block_size) else _other_keys_in_blocks
   with jax.default_matmul_precision("highest"):
     positive = jnp.sum(query * key, axis=-1)
     loss = jnp.mean(jax.nn.softplus(negatives(query, candidates, own, block_size) - positive))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 
-def _rows_at_once(rows, columns, block_size):
-  most = _BLOCK if jax.default_backend() == "cpu" else _BLOCK_OF_ACCELERATORS
-  return block_size or (rows if rows * columns <= most else max(1, most // columns))
+def _at_once(rows, columns, block_size):
+  return block_size >= rows if block_size else rows * columns <= _BLOCK
 
 
-def _by_rows(function, rows, block_size):
-  """Maps `function` over the first axis of `rows`, at most `block_size` entries at a time."""
-  if block_size >= jax.tree.leaves(rows)[0].shape[0]:
+def _by_rows(function, rows, columns, block_size):
+  """Maps `function` over the first axis of `rows`, which makes `columns` similarities of an entry.
+
+  At most `block_size` entries at a time; None: as many as suit the platform that the program is for.
+  """
+  n = jax.tree.leaves(rows)[0].shape[0]
+  if _at_once(n, columns, block_size):
     return jax.vmap(function)(rows)
-  return lax.map(function, rows, batch_size=block_size)
+
+  def in_blocks(size):
+    return lambda rows: lax.map(function, rows, batch_size=size) if size < n else jax.vmap(function)(rows)
+
+  if block_size:
+    return in_blocks(block_size)(rows)
+  on_cpu, elsewhere = (in_blocks(max(1, most // columns)) for most in (_BLOCK, _BLOCK_OF_ACCELERATORS))
+  return lax.platform_dependent(rows, cpu=on_cpu, default=elsewhere)
 
 
 def _places(n, axis_name):
@@ -176,7 +185,7 @@ def _other_views_forward(z1, z2, axis_name, block_size):
     return jax.nn.logsumexp(_similarity_to_others(*row, views))
 
   rows = _own_views(views, axis_name), jnp.tile(_places(z1.shape[0], axis_name), 2)
-  total = _by_rows(log_sum_exp, rows, block_size).reshape(2, -1)
+  total = _by_rows(log_sum_exp, rows, len(views), block_size).reshape(2, -1)
   return total, (views, total)
 
 
@@ -193,7 +202,7 @@ def _other_views_backward(axis_name, block_size, saved, g):
 
   rows = _own_views(views, axis_name), jnp.tile(_places(total.shape[1], axis_name), 2)
   with jax.default_matmul_precision("highest"):  # The backward pass is traced outside of the loss's own context.
-    out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), block_size)
+    out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), len(views), block_size)
   return out[: total.shape[1]], out[total.shape[1] :]
 
 
@@ -231,7 +240,7 @@ def _other_keys(query, keys, own, block_size):
   def log_sum_exp(row):
     return jax.nn.logsumexp(_similarity_to_other_keys(row, keys))
 
-  return _by_rows(log_sum_exp, (query, own), block_size)
+  return _by_rows(log_sum_exp, (query, own), len(keys), block_size)
 
 
 def _other_keys_forward(query, keys, own, block_size):
@@ -240,7 +249,7 @@ def _other_keys_forward(query, keys, own, block_size):
     total = jax.nn.logsumexp(s)
     return total, jnp.exp(s - total) @ keys
 
-  return _by_rows(log_sum_exp_and_gradient, (query, own), block_size)
+  return _by_rows(log_sum_exp_and_gradient, (query, own), len(keys), block_size)
 
 
 def _other_keys_backward(block_size, gradient, g):

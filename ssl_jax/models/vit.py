@@ -220,14 +220,30 @@ class Attention(nn.Module):
     if weights_only:
       scores = jnp.einsum("bqhd,bkhd->bhqk", _wide(q), _wide(k)) / math.sqrt(dim // self.heads)
       return jax.nn.softmax(scores)
-    # cuDNN's fused kernel has to be requested; it supports only half precision and these head widths.
-    fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    out = fused_attention(q, k, v) if fused else jax.nn.dot_product_attention(q, k, v)
-    out = rearrange(out, "b n h d -> b n (h d)")
+    out = rearrange(attention(q, k, v), "b n h d -> b n (h d)")
     return Dense(dim, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out)
 
   def weights(self, x):
     return self(x, weights_only=True)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Softmax attention, [b, n, heads, d] each: in a program for CUDA by cuDNN where it serves that, else by XLA."""
+  # cuDNN's fused kernel has to be requested; it supports only half precision and these head widths.
+  fused = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and traces_cudnn()
+  on_platform = functools.partial(lax.platform_dependent, cuda=fused_attention, default=jax.nn.dot_product_attention)
+  return on_platform(q, k, v) if fused else jax.nn.dot_product_attention(q, k, v)
+
+
+@functools.cache
+def traces_cudnn() -> bool:
+  """Whether JAX's plugin for CUDA is installed. Without it JAX compiles nothing for CUDA, and refuses to trace this."""
+  x = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+  try:
+    jax.eval_shape(fused_attention, x, x, x)
+  except RuntimeError:
+    return False
+  return True
 
 
 def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
