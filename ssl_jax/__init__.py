@@ -14,14 +14,23 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.build import restore_encoder as restore_encoder
   from ssl_jax.data.image import read_image as read_image
   from ssl_jax.evaluation.knn import knn_predict as knn_predict
+  from ssl_jax.losses import barlow_twins_loss as barlow_twins_loss
   from ssl_jax.losses import byol_loss as byol_loss
   from ssl_jax.losses import dino_center as dino_center
   from ssl_jax.losses import dino_loss as dino_loss
+  from ssl_jax.losses import distillation_loss as distillation_loss
+  from ssl_jax.losses import ibot_loss as ibot_loss
   from ssl_jax.losses import info_nce as info_nce
+  from ssl_jax.losses import koleo_loss as koleo_loss
+  from ssl_jax.losses import lejepa_loss as lejepa_loss
   from ssl_jax.losses import mae_loss as mae_loss
   from ssl_jax.losses import nt_xent as nt_xent
   from ssl_jax.losses import patchify as patchify
+  from ssl_jax.losses import sigreg as sigreg
+  from ssl_jax.losses import simsiam_loss as simsiam_loss
+  from ssl_jax.losses import sinkhorn_knopp as sinkhorn_knopp
   from ssl_jax.losses import unpatchify as unpatchify
+  from ssl_jax.losses import vicreg_loss as vicreg_loss
   from ssl_jax.methods.base import Aux as Aux
   from ssl_jax.methods.base import Method as Method
   from ssl_jax.methods.base import Momentum as Momentum
@@ -39,6 +48,7 @@ _HOMES = {  # the module of each name
   "Method": "methods.base",
   "Momentum": "methods.base",
   "View": "augment",
+  "barlow_twins_loss": "losses",
   "byol": "methods.byol",
   "byol_loss": "losses",
   "constant_momentum": "methods.base",
@@ -46,8 +56,12 @@ _HOMES = {  # the module of each name
   "dino": "methods.dino",
   "dino_center": "losses",
   "dino_loss": "losses",
+  "distillation_loss": "losses",
+  "ibot_loss": "losses",
   "info_nce": "losses",
   "knn_predict": "evaluation.knn",
+  "koleo_loss": "losses",
+  "lejepa_loss": "losses",
   "mae": "methods.mae",
   "mae_loss": "losses",
   "make_views": "augment",
@@ -57,8 +71,12 @@ _HOMES = {  # the module of each name
   "patchify": "losses",
   "read_image": "data.image",
   "restore_encoder": "build",
+  "sigreg": "losses",
   "simclr": "methods.simclr",
+  "simsiam_loss": "losses",
+  "sinkhorn_knopp": "losses",
   "unpatchify": "losses",
+  "vicreg_loss": "losses",
 }
 _MODULES = (
   "augment",
