@@ -177,13 +177,13 @@ def test_koleo_loss_of_equal_and_of_zero_rows_is_finite_with_its_gradient(dtype)
 
 def test_blocks_change_neither_value_nor_gradient(x64):
   rng = np.random.default_rng(0)
-  views, directions = jnp.asarray(rng.normal(size=(3, 11, 5))), jnp.asarray(rng.normal(size=(5, 13)))
+  views, directions = jnp.asarray(rng.normal(size=(2, 11, 5))), jnp.asarray(rng.normal(size=(5, 11)))
   for loss in (
-    lambda views, size: lejepa_loss(views, directions, global_views=2, block_size=size),
+    lambda views, size: lejepa_loss(views, directions, global_views=1, block_size=size),
     lambda views, size: koleo_loss(views[0], block_size=size),
   ):
     derivatives = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    want, want_grad = derivatives(views, 13)
+    want, want_grad = derivatives(views, 11)
     for size in (1, np.int32(4)):
       value, grad = derivatives(views, size)
       np.testing.assert_allclose(value, want, rtol=1e-13)  # float64, another order of summation
