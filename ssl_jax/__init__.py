@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.losses import sinkhorn_knopp as sinkhorn_knopp
   from ssl_jax.losses import unpatchify as unpatchify
   from ssl_jax.losses import vicreg_loss as vicreg_loss
+  from ssl_jax.methods.barlow_twins import barlow_twins as barlow_twins
   from ssl_jax.methods.base import Aux as Aux
   from ssl_jax.methods.base import Method as Method
   from ssl_jax.methods.base import Momentum as Momentum
@@ -38,16 +39,20 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.base import cosine_momentum as cosine_momentum
   from ssl_jax.methods.byol import byol as byol
   from ssl_jax.methods.dino import dino as dino
+  from ssl_jax.methods.lejepa import lejepa as lejepa
   from ssl_jax.methods.mae import mae as mae
   from ssl_jax.methods.moco import moco as moco
   from ssl_jax.methods.moco_v3 import moco_v3 as moco_v3
   from ssl_jax.methods.simclr import simclr as simclr
+  from ssl_jax.methods.simsiam import simsiam as simsiam
+  from ssl_jax.methods.vicreg import vicreg as vicreg
 
 _HOMES = {  # the module of each name
   "Aux": "methods.base",
   "Method": "methods.base",
   "Momentum": "methods.base",
   "View": "augment",
+  "barlow_twins": "methods.barlow_twins",
   "barlow_twins_loss": "losses",
   "byol": "methods.byol",
   "byol_loss": "losses",
@@ -61,6 +66,7 @@ _HOMES = {  # the module of each name
   "info_nce": "losses",
   "knn_predict": "evaluation.knn",
   "koleo_loss": "losses",
+  "lejepa": "methods.lejepa",
   "lejepa_loss": "losses",
   "mae": "methods.mae",
   "mae_loss": "losses",
@@ -73,9 +79,11 @@ _HOMES = {  # the module of each name
   "restore_encoder": "build",
   "sigreg": "losses",
   "simclr": "methods.simclr",
+  "simsiam": "methods.simsiam",
   "simsiam_loss": "losses",
   "sinkhorn_knopp": "losses",
   "unpatchify": "losses",
+  "vicreg": "methods.vicreg",
   "vicreg_loss": "losses",
 }
 _MODULES = (

@@ -107,9 +107,15 @@ RECIPES = [
 ]
 
 
+LIKE_BYOL = [
+  pytest.param(f"{name}_imagenet", "gpu", marks=pytest.mark.slow) for name in ("vicreg", "barlow_twins", "simsiam")
+]
+
+
 # On a TPU no method takes a branch of its own: one with convolutions and one with attention stand for all.
 @pytest.mark.parametrize(
-  "name, backend", [*((name, "gpu") for name in RECIPES), ("simclr_imagenet", "tpu"), ("dino_imagenet", "tpu")]
+  "name, backend",
+  [*((name, "gpu") for name in RECIPES), ("simclr_imagenet", "tpu"), ("dino_imagenet", "tpu"), *LIKE_BYOL],
 )
 def test_every_methods_step_is_lowered_for_accelerators(name, backend, on, mesh):
   on(backend)
