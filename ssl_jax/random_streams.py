@@ -11,6 +11,7 @@ MASK = 2**16  # MAE: which patches are removed
 SHUFFLE = 2**16 + 1  # MoCo v1, v2: the order in which keys are assigned to batch norm's groups (shuffling BN)
 DROP_PATH = 2**16 + 2  # DINO: which examples skip which branch; folded with the view after that
 QUEUE = 2**16 + 3  # MoCo v1, v2: the random rows that the queue starts with; folds the key of `init`
+SLICES = 2**16 + 4  # LeJEPA: the directions of a step, the same for all examples and runs: a seed, folded with the step
 
 # The host's crops (`data.stream`) have NumPy generators, seeded by (seed, step, position, view, CROP). NumPy pads short
 # seeds with zeros: without a last number, view 0 of position 0 would have the generator of an epoch's order.

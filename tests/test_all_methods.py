@@ -26,7 +26,8 @@ def slow(*names):
   return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-SLOW = slow("byol_quickstart", "moco_imagenet:v3")
+WITHOUT_A_SECOND_NETWORK = ["vicreg_imagenet", "barlow_twins_imagenet", "simsiam_imagenet", "lejepa_imagenette"]
+SLOW = slow("byol_quickstart", "moco_imagenet:v3", *WITHOUT_A_SECOND_NETWORK)
 
 
 def small(name):

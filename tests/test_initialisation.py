@@ -15,6 +15,7 @@ from ssl_jax import build
 from ssl_jax import config as configs
 
 CONV = r"encoder/(conv1|layer.*/conv\d|layer.*/downsample_conv)/kernel"
+LAST_SCALE = r"encoder/layer\d_\d/bn2/scale"
 ONES, ZEROS = r".*/scale", r".*/bias"
 
 
@@ -51,24 +52,25 @@ def cut_at_two(std):
 
 
 RESNET = [(r"encoder/.*/scale|encoder/bn1/scale", constant(1)), (ZEROS, constant(0))]
+TWO_VIEWS = [
+  (CONV, kaiming),
+  (LAST_SCALE, constant(0)),
+  (r"(projector|predictor)/.*/kernel", torch),
+  (ONES, constant(1)),
+  (ZEROS, constant(0)),
+]
 # For each run the first expression that matches a parameter's whole path says how it starts.
 EXPECTED = {
   "simclr": [
     (CONV, cut_at_two(1 / 0.8796)),
-    (r"encoder/layer\d_\d/bn2/scale", constant(0)),
+    (LAST_SCALE, constant(0)),
     (r"projector/linear\d/kernel", normal(0.01)),
     (ONES, constant(1)),
     (ZEROS, constant(0)),
   ],
   "moco_v1": [(CONV, kaiming), (r"projector/.*/kernel", torch), (r"projector/.*/bias", None), *RESNET],
   "moco_v2": [(CONV, kaiming), (r"projector/.*/kernel", torch), (r"projector/.*/bias", None), *RESNET],
-  "moco_v3": [
-    (CONV, kaiming),
-    (r"encoder/layer\d_\d/bn2/scale", constant(0)),
-    (r"(projector|predictor)/.*/kernel", torch),
-    (ONES, constant(1)),
-    (ZEROS, constant(0)),
-  ],
+  "moco_v3": TWO_VIEWS,
   "moco_v3_vit": [
     (r"encoder/patch_embed/proj/kernel", xavier),
     (r"encoder/blocks_\d/attn/qkv/kernel", xavier_of_three),
@@ -84,6 +86,9 @@ EXPECTED = {
     (ONES, constant(1)),
     (ZEROS, constant(0)),
   ],
+  "vicreg": TWO_VIEWS,
+  "barlow_twins": TWO_VIEWS,
+  "simsiam": [(r"predictor/linear2/bias", None), *TWO_VIEWS],
   "mae": [
     (r".*(cls|mask)_token", normal(0.02)),
     (r"encoder/patch_embed/proj/bias", None),

@@ -1,5 +1,7 @@
 """Each method's whole steps against the official code's (or a PyTorch reference's) recorded trajectories."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from trajectories import PRECISIONS, cast, error, make_step, named_variables, vi
 
 from ssl_jax import convert, optim, random_streams
 from ssl_jax.losses import mae_loss, patchify
-from ssl_jax.methods import byol, dino, mae, moco, moco_v3
+from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simsiam
 from ssl_jax.methods.base import Momentum, constant_momentum, cosine_momentum
 from ssl_jax.models import heads, resnet, vit
 from ssl_jax.models.mae import MAEDecoder
@@ -132,6 +134,52 @@ def test_byols_tau_is_the_official_schedule(golden):
   g = golden("byol_tau")
   rate = cosine_momentum(float(g["tau0"]), int(g["total"])).rate
   np.testing.assert_allclose([1 - rate(step) for step in g["step"]], g["tau"], atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-6), ("float32", 1e-3)], ids=str)
+@pytest.mark.slow
+def test_simsiam_is_the_official_model(golden, dtype, rtol):
+  g, dtype = golden("simsiam"), jnp.dtype(dtype)
+  network = heads.PredictorNetwork(
+    resnet.resnet18(dtype=dtype),
+    heads.Projector(layers=3, features=24, last_norm="plain", dtype=dtype),
+    heads.Projector(hidden=12, features=24, last_bias=heads.torch_bias(12), dtype=dtype),
+  )
+  method = simsiam.simsiam(network.encoder, network.projector, network.predictor)
+  params, state = jax.eval_shape(method.init, KEYS[0], (jnp.zeros((2, 1, 32, 32, 3)),))
+  shapes, rename = {"params": params, "batch_stats": state.batch_stats}, {r"^projector\.": "encoder.fc."}
+  start = named_variables(shapes, "simsiam/", rename, dtype)
+  drawn = views(("simsiam/view1", "simsiam/view2"), (8, 32, 32, 3), dtype)
+
+  @jax.jit
+  def step(params, stats):
+    outputs, _ = heads.view_by_view(network, params, stats, drawn[0])
+    (value, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
+      params, simsiam.SimSiamState(stats), drawn, KEYS[:8], 0
+    )
+    return outputs, value, grads, aux.averages
+
+  (z, p), value, grads, after = step(start["params"], start["batch_stats"])
+  np.testing.assert_allclose(value, g["model/loss"], rtol=rtol)
+  for i in range(2):
+    assert error(p[i], g[f"model/p{i + 1}"]) < rtol and error(z[i], g[f"model/z{i + 1}"]) < rtol
+
+  def official(tree):
+    return {re.sub(r"^projector\.", "encoder.fc.", k): v for k, v in convert.to_torch(tree).items()}
+
+  grads, after = official({"params": grads}), official({"batch_stats": after})
+  # The official projector's last bias is not trained and goes into the mean that the norm behind it takes away.
+  bias = named_weight("simsiam/encoder.fc.6.bias", (24,))
+  after["encoder.fc.7.running_mean"] = after["encoder.fc.7.running_mean"] + (1 - 0.9**2) * bias
+  for key in (key.split("/", 2)[2] for key in g.files if key.startswith("model/grad/")):
+    assert error(grads[key], g[f"model/grad/{key}"]) < rtol, key
+  for key in (key.split("/", 2)[2] for key in g.files if key.startswith("model/after/")):
+    assert error(after[key], g[f"model/after/{key}"]) < rtol, key
+  norms = dict(zip(g["model/param_names"].tolist(), g["model/grad_norms"], strict=True))
+  assert norms.pop("encoder.fc.6.bias") == -1 and norms.keys() == grads.keys()
+  largest = max(norms.values())
+  for key, norm in norms.items():
+    assert abs(np.linalg.norm(grads[key]) - norm) < rtol * largest, key
 
 
 RENAME = {r"^(encoder|decoder)\.": ""}

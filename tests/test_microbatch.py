@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ssl_jax import augment, parallel, training
-from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simclr
+from ssl_jax.methods import barlow_twins, byol, dino, lejepa, mae, moco, moco_v3, simclr, simsiam, vicreg
 from ssl_jax.methods.base import AXIS, constant_momentum
 from ssl_jax.models import heads, norm, vit
 from ssl_jax.models.mae import MAEDecoder
@@ -18,8 +18,12 @@ VIEWS = {
   "moco": TWO,
   "moco_v3": TWO,
   "byol": TWO,
+  "simsiam": TWO,
+  "vicreg": TWO,
+  "barlow_twins": TWO,
   "mae": (augment.View(size=12),),
   "dino": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
+  "lejepa": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
 }
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 14, 14, 1), dtype=np.uint8)
 
@@ -53,6 +57,14 @@ def make(name, microbatch, batch_norm=False):
   if name == "moco_v3":
     parts = encoder, Head(), Head()
     return moco_v3.moco_v3(*parts, temperature=0.5, momentum=momentum, microbatch=microbatch, **over)
+  if name == "vicreg":
+    return vicreg.vicreg(encoder, Head(), invariance=1.0, variance=1.0, microbatch=microbatch, **over)
+  if name == "barlow_twins":
+    return barlow_twins.barlow_twins(encoder, Head(), loss_scale=0.01, microbatch=microbatch, **over)
+  if name == "lejepa":
+    return lejepa.lejepa(encoder, Head(), slices=8, microbatch=microbatch, **over)
+  if name == "simsiam":
+    return simsiam.simsiam(encoder, Head(), Head())
   if name == "byol":
     return byol.byol(encoder, Head(), Head(), target_momentum=momentum)
   if name == "mae":
@@ -79,7 +91,9 @@ def assert_alike(got, want):
 
 
 @pytest.mark.parametrize("devices, microbatch", [(2, 4), pytest.param(1, 2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "mae" else n for n in VIEWS])
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("mae", "simsiam") else n for n in VIEWS]
+)
 def test_without_batch_norm_a_step_by_microbatches_is_the_step_of_the_whole_batch(name, devices, microbatch):
   # float32 sums in another order
   assert_alike(one_step(name, devices, microbatch), one_step(name, 1, None))

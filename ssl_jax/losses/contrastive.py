@@ -5,18 +5,19 @@ dominates. For small batches the whole similarity matrix is computed and JAX dif
 computed in blocks of rows that are not stored, with the gradient written here (`jax.custom_vjp`).
 """
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssl_jax.losses._common import check_input, check_temperature, unit
-
-# Similarities at once. Matrices of at most 4 MiB of float32, which stay in a CPU's cache, are not split. In programs
-# for accelerators blocks are of 64 MiB, since they follow one after the other and small ones leave those idle (chosen
-# by size, not measured).
-_BLOCK, _BLOCK_OF_ACCELERATORS = 2**20, 2**24
+from ssl_jax.losses._common import (
+  at_once,
+  by_rows,
+  check_block_size,
+  check_input,
+  check_pair,
+  check_temperature,
+  unit,
+)
 
 
 def nt_xent(
@@ -63,16 +64,16 @@ def nt_xent(
   Reference: Chen et al., 2020, arXiv:2002.05709, eq. 1; `add_contrastive_loss` in objective.py of
   google-research/simclr, which also propagates gradients to the negatives of other devices.
   """
-  _check_pair("z1", z1, "z2", z2)
+  check_pair("z1", z1, "z2", z2)
   check_temperature("temperature", temperature)
-  _check_block_size(block_size)
+  check_block_size(block_size)
   n_global = z1.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
   if n_global < 2:
     raise ValueError(f"nt_xent needs a batch of at least two images for its negatives, got {n_global}.")
   z1, z2 = unit(z1), unit(z2)
   scale = jnp.asarray(temperature, z1.dtype) ** -0.5
   z1, z2 = z1 * scale, z2 * scale  # their products are similarities / temperature
-  negatives = _other_views if _at_once(2 * z1.shape[0], 2 * n_global, block_size) else _other_views_in_blocks
+  negatives = _other_views if at_once(2 * z1.shape[0], 2 * n_global, block_size) else _other_views_in_blocks
   with jax.default_matmul_precision("highest"):
     positive = jnp.sum(z1 * z2, axis=-1)  # of both views of an image
     loss = jnp.mean(jax.nn.softplus(negatives(z1, z2, axis_name, block_size) - positive[None]))
@@ -117,9 +118,9 @@ def info_nce(
   Reference: He et al., 2020, arXiv:1911.05722, eq. 1, builder.py of facebookresearch/moco; without a queue Chen et al.,
   2021, arXiv:2104.02057, algorithm 1, builder.py of facebookresearch/moco-v3.
   """
-  _check_pair("query", query, "key", key)
+  check_pair("query", query, "key", key)
   check_temperature("temperature", temperature)
-  _check_block_size(block_size)
+  check_block_size(block_size)
   query = unit(query)
   query = query / jnp.asarray(temperature, query.dtype)  # products with keys are similarities / temperature
   key = lax.stop_gradient(unit(key))
@@ -136,33 +137,11 @@ def info_nce(
   own = jnp.full(query.shape[0], -1)  # index of each query's own key among the candidates; -1: not among them
   if queue is None:
     own = _places(query.shape[0], axis_name)
-  negatives = _other_keys if _at_once(query.shape[0], candidates.shape[0], block_size) else _other_keys_in_blocks
+  negatives = _other_keys if at_once(query.shape[0], candidates.shape[0], block_size) else _other_keys_in_blocks
   with jax.default_matmul_precision("highest"):
     positive = jnp.sum(query * key, axis=-1)
     loss = jnp.mean(jax.nn.softplus(negatives(query, candidates, own, block_size) - positive))
   return loss if axis_name is None else lax.pmean(loss, axis_name)
-
-
-def _at_once(rows, columns, block_size):
-  return block_size >= rows if block_size else rows * columns <= _BLOCK
-
-
-def _by_rows(function, rows, columns, block_size):
-  """Maps `function` over the first axis of `rows`, which makes `columns` similarities of an entry.
-
-  At most `block_size` entries at a time; None: as many as suit the platform that the program is for.
-  """
-  n = jax.tree.leaves(rows)[0].shape[0]
-  if _at_once(n, columns, block_size):
-    return jax.vmap(function)(rows)
-
-  def in_blocks(size):
-    return lambda rows: lax.map(function, rows, batch_size=size) if size < n else jax.vmap(function)(rows)
-
-  if block_size:
-    return in_blocks(block_size)(rows)
-  on_cpu, elsewhere = (in_blocks(max(1, most // columns)) for most in (_BLOCK, _BLOCK_OF_ACCELERATORS))
-  return lax.platform_dependent(rows, cpu=on_cpu, default=elsewhere)
 
 
 def _places(n, axis_name):
@@ -185,7 +164,7 @@ def _other_views_forward(z1, z2, axis_name, block_size):
     return jax.nn.logsumexp(_similarity_to_others(*row, views))
 
   rows = _own_views(views, axis_name), jnp.tile(_places(z1.shape[0], axis_name), 2)
-  total = _by_rows(log_sum_exp, rows, len(views), block_size).reshape(2, -1)
+  total = by_rows(log_sum_exp, rows, len(views), block_size).reshape(2, -1)
   return total, (views, total)
 
 
@@ -202,7 +181,7 @@ def _other_views_backward(axis_name, block_size, saved, g):
 
   rows = _own_views(views, axis_name), jnp.tile(_places(total.shape[1], axis_name), 2)
   with jax.default_matmul_precision("highest"):  # The backward pass is traced outside of the loss's own context.
-    out = _by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), len(views), block_size)
+    out = by_rows(gradient, (*rows, total.reshape(-1), g.reshape(-1)), len(views), block_size)
   return out[: total.shape[1]], out[total.shape[1] :]
 
 
@@ -240,7 +219,7 @@ def _other_keys(query, keys, own, block_size):
   def log_sum_exp(row):
     return jax.nn.logsumexp(_similarity_to_other_keys(row, keys))
 
-  return _by_rows(log_sum_exp, (query, own), len(keys), block_size)
+  return by_rows(log_sum_exp, (query, own), len(keys), block_size)
 
 
 def _other_keys_forward(query, keys, own, block_size):
@@ -249,7 +228,7 @@ def _other_keys_forward(query, keys, own, block_size):
     total = jax.nn.logsumexp(s)
     return total, jnp.exp(s - total) @ keys
 
-  return _by_rows(log_sum_exp_and_gradient, (query, own), len(keys), block_size)
+  return by_rows(log_sum_exp_and_gradient, (query, own), len(keys), block_size)
 
 
 def _other_keys_backward(block_size, gradient, g):
@@ -264,21 +243,3 @@ _other_keys_in_blocks.defvjp(_other_keys_forward, _other_keys_backward)
 def _similarity_to_other_keys(row, keys):
   query, own = row
   return jnp.where(jnp.arange(len(keys)) == own, -jnp.inf, keys @ query)
-
-
-def _check_block_size(block_size):
-  if block_size is None:
-    return
-  if isinstance(block_size, bool) or not isinstance(block_size, numbers.Integral):
-    raise TypeError(f"block_size must be a whole number or None, got {block_size!r}.")
-  if block_size < 1:
-    raise ValueError(f"block_size must be at least 1 or None, got {block_size}.")
-
-
-def _check_pair(name1, x1, name2, x2):
-  for name, x in ((name1, x1), (name2, x2)):
-    check_input(name, x)
-    if x.ndim != 2:
-      raise ValueError(f"{name} must have shape [N, d], got {x.shape}.")
-  if x1.shape != x2.shape:
-    raise ValueError(f"{name1} and {name2} must have one shape, got {x1.shape} and {x2.shape}.")

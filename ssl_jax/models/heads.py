@@ -17,7 +17,8 @@ class Projector(nn.Module):
     layers: number of linear layers.
     hidden: width of all but the last; None: the input's.
     features: width of the last.
-    hidden_bias: whether all but the last have a bias; the last never has.
+    hidden_bias: whether all but the last have a bias.
+    last_bias: how the bias of the last starts; None: it has none.
     last_norm: after the last layer: None, "scale" (batch norm without offset) or "plain" (without gain and offset).
     kernel_init: of the linear layers.
     axis_name: mapped axis over which the batch statistics are averaged.
@@ -28,6 +29,7 @@ class Projector(nn.Module):
   hidden: int | None = None
   features: int = 128
   hidden_bias: bool = False
+  last_bias: nn.initializers.Initializer | None = None
   last_norm: str | None = None
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   axis_name: str | None = None
@@ -38,9 +40,9 @@ class Projector(nn.Module):
     """Maps float [b, d] to float [b, features]."""
     hidden = self.hidden or x.shape[-1]
     for i in range(1, self.layers):
-      x = self.linear(hidden, self.hidden_bias, f"linear{i}")(x)
+      x = self.linear(hidden, nn.initializers.zeros if self.hidden_bias else None, f"linear{i}")(x)
       x = nn.relu(BatchNorm(self.axis_name, dtype=self.dtype, name=f"bn{i}")(x, train))
-    x = self.linear(self.features, False, f"linear{self.layers}")(x)
+    x = self.linear(self.features, self.last_bias, f"linear{self.layers}")(x)
     if self.last_norm is None:
       return x
     scale = self.last_norm == "scale"
@@ -48,11 +50,34 @@ class Projector(nn.Module):
     return norm(x, train)
 
   def linear(self, features, bias, name):
-    return nn.Dense(features, use_bias=bias, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
+    init = dict(kernel_init=self.kernel_init, bias_init=bias or nn.initializers.zeros)
+    return nn.Dense(features, use_bias=bias is not None, dtype=self.dtype, name=name, **init)
 
 
 # The official SimCLR's (`projection_head` in model_util.py): the paper's text has no norm after the last layer.
 SimCLRProjector = functools.partial(Projector, last_norm="scale", kernel_init=nn.initializers.normal(0.01))
+
+
+class EmbeddingProjector(nn.Module):
+  """LeJEPA's: a linear layer to the embedding, which starts as timm's classifier does, then an MLP of three layers.
+
+  The official biases before batch norms, which remove them, are left out.
+  """
+
+  embedding: int
+  hidden: int
+  features: int
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps float [b, d] to float [b, features]."""
+    init = nn.initializers.normal(0.02)
+    x = nn.Dense(self.embedding, use_bias=False, kernel_init=init, dtype=self.dtype, name="embedding")(x)
+    mlp = dict(hidden=self.hidden, features=self.features, kernel_init=torch_uniform, dtype=self.dtype)
+    mlp |= dict(last_bias=torch_bias(self.hidden), axis_name=self.axis_name)
+    return Projector(layers=3, name="mlp", **mlp)(x, train=train)
 
 
 class MoCoHead(nn.Module):

@@ -476,6 +476,63 @@ def byol(run):
   return losses, trees
 
 
+def redundancy(run, loss_of_features):
+  """One pass a view through three layers and a loss of the whole batch, whose statistics take the gradient."""
+  params, stats = start(run, shapes_resnet(False) | shapes_mlp("projector", 3, 8, 16, 6))
+  optimizer, losses = LARS(warmup_cosine(0.25, end=1.6e-3), 1e-2, inside=False), []
+  scale = 1.0 if run == "vicreg" else 0.024
+  for t in range(STEPS):
+    images = view(pixels(t)), view(pixels(t), flip=True, solarize=True)
+
+    def loss_of(p, images=images):
+      z1, z2 = (mlp(p, stats, "projector", resnet(p, stats, x)) for x in images)
+      return scale * loss_of_features(z1, z2)
+
+    loss, grads = gradients(params, loss_of)
+    losses.append(loss / scale)
+    optimizer(params, grads, t)
+  return losses, {"params": params, "batch_stats": stats}
+
+
+def off_diagonal(matrix):
+  return matrix - torch.diag(torch.diag(matrix))
+
+
+def vicreg(z1, z2):
+  value = 25 * F.mse_loss(z1, z2)
+  for z in (z1, z2):
+    covariance = torch.cov(z.T)
+    value = value + 25 * F.relu(1 - (torch.diag(covariance) + 1e-4).sqrt()).mean() / 2
+    value = value + off_diagonal(covariance).square().sum() / z.shape[1]
+  return value
+
+
+def barlow_twins(z1, z2):
+  a, b = ((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (z1, z2))
+  c = a.T @ b / BATCH
+  return (torch.diag(c) - 1).square().sum() + 0.0051 * off_diagonal(c).square().sum()
+
+
+def simsiam(run):
+  """One network; the projection that is predicted takes no gradient; rates fall by whole epochs."""
+  shapes = shapes_resnet(False) | shapes_mlp("projector", 3, 8, 8, 6, last="plain")
+  shapes |= shapes_mlp("predictor", 2, 6, 16, 6) | {"predictor.3.bias": (6,)}
+  params, stats = start(run, shapes)
+  optimizer, losses = SGD(lambda t: 0.01 * half_cosine((t // EPOCH) / (TOTAL / EPOCH)), 1e-2), []
+  for t in range(STEPS):
+    images = view(pixels(t)), view(pixels(t), flip=True, solarize=True)
+
+    def loss_of(p, images=images):
+      z1, z2 = (mlp(p, stats, "projector", resnet(p, stats, x)) for x in images)
+      p1, p2 = (mlp(p, stats, "predictor", z) for z in (z1, z2))
+      return -(F.cosine_similarity(p1, z2.detach()).mean() + F.cosine_similarity(p2, z1.detach()).mean()) / 2
+
+    loss, grads = gradients(params, loss_of)
+    losses.append(loss)
+    optimizer(params, grads, t)
+  return losses, {"params": params, "batch_stats": stats}
+
+
 def mae(run):
   """Four of 16 patches stay; normalised pixels of the removed ones."""
   shapes = shapes_vit(False) | {"decoder.decoder_embed.weight": (12, 12), "decoder.decoder_embed.bias": (12,)}
@@ -580,6 +637,9 @@ RUNS = {
   "byol": byol,
   "mae": mae,
   "dino": dino,
+  "vicreg": lambda run: redundancy(run, vicreg),
+  "barlow_twins": lambda run: redundancy(run, barlow_twins),
+  "simsiam": simsiam,
 }
 
 
