@@ -172,6 +172,16 @@ def test_koleo_loss_of_equal_and_of_zero_rows_is_finite_with_its_gradient(dtype)
     assert np.isfinite(value) and np.isfinite(np.float32(grad)).all()
 
 
+@pytest.mark.parametrize("loss", [jit_sigreg, jit_koleo], ids=["sigreg", "koleo"])
+def test_narrow_inputs_are_computed_in_float32(loss):
+  z, directions = (jnp.asarray(x, jnp.bfloat16) for x in waves(1, 8, 5, 6))
+  others = (directions,) if loss is jit_sigreg else ()
+  value, grad = jax.jit(jax.value_and_grad(loss))(z[0], *others)
+  assert value.dtype == jnp.float32 and grad.dtype == jnp.bfloat16
+  wide = loss(*(jnp.float32(x) for x in (z[0], *others)))  # of the rounded inputs
+  np.testing.assert_allclose(value, wide, rtol=1e-6)
+
+
 # ---- blocks
 
 
