@@ -25,6 +25,7 @@ VIEWS = {
   "dino": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
   "lejepa": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
 }
+SLOW = ("mae", "simsiam", "vicreg", "barlow_twins")
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 14, 14, 1), dtype=np.uint8)
 
 
@@ -91,9 +92,7 @@ def assert_alike(got, want):
 
 
 @pytest.mark.parametrize("devices, microbatch", [(2, 4), pytest.param(1, 2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("mae", "simsiam") else n for n in VIEWS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VIEWS])
 def test_without_batch_norm_a_step_by_microbatches_is_the_step_of_the_whole_batch(name, devices, microbatch):
   # float32 sums in another order
   assert_alike(one_step(name, devices, microbatch), one_step(name, 1, None))

@@ -25,7 +25,7 @@ def vicreg_loss(
       + \sum_{Z \in \{z, z'\}} \Big[ \frac{\mu}{2 d} \sum_j \max(0, 1 - \sqrt{C(Z)_{jj} + \epsilon})
       + \frac{\nu}{d} \sum_{i \neq j} C(Z)_{ij}^2 \Big]
 
-  The mean over d in the first term and the half in the second are the official code's; the paper has neither.
+  The mean over d in the first term and the half in the second are the official code's; the paper's equations lack them.
 
   Args:
     z1: float [N, d], embeddings of the first views, not normalised.
