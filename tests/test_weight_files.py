@@ -80,6 +80,16 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path, tensor):
     files.read(path)
 
 
+def test_a_file_gets_no_more_memory_than_its_size_asks_for(tmp_path):
+  path = save(tmp_path / "x.pth", {"w": Tensor(np.zeros(2, np.float32), 0, (1 << 20, 1 << 20), (0, 1))})
+  with pytest.raises(UserError, match=r"tensor of \[1048576, 1048576\] out of 2 values"):
+    files.read(path)
+  with zipfile.ZipFile(path, "w") as file:  # an entry of the memo with a number for which Python gets 64 GiB
+    file.writestr("archive/data.pkl", b"\x80\x02}r\xff\xff\xff\xff.")
+  with pytest.raises(UserError, match="an entry 4294967295 after"):
+    files.read(path)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
 def test_a_truncated_file_is_told_to_be_one(tmp_path, name, share):

@@ -8,9 +8,11 @@ scalars, and `argparse.Namespace`, which the training scripts of DINO and MAE sa
 import collections
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
+import pickletools
 import types
 import zipfile
 from typing import Any
@@ -49,6 +51,7 @@ _SAFETENSORS = {
   "U64": np.uint64,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before PyTorch 1.6: the first of several pickles
+_MOST_REPEATED = 1 << 24  # values of a tensor that repeats a smaller storage (`torch.Tensor.expand`)
 _NOT_WEIGHTS = {
   b"version https://git-lfs": "is a Git LFS pointer in place of the file: run git lfs pull",
   b"<": "is a web page: download the file itself",
@@ -141,7 +144,7 @@ def _read_zip(file):
     def storage(key, dtype, count):
       return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, count)
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+    return _unpickle(io.BytesIO(archive.read(pickles[0])), storage)
 
 
 def _read_legacy(file):
@@ -153,18 +156,28 @@ def _read_legacy(file):
       raise ValueError(f"storage {key} is larger than the file")
     return storages.setdefault(key, np.zeros(count, dtype))
 
-  if _Unpickler(file, storage).load() != _LEGACY_MAGIC:
+  if _unpickle(file, storage) != _LEGACY_MAGIC:
     raise UserError("is a pickle, but not one of PyTorch's.")
-  _, system = (_Unpickler(file, storage).load() for _ in range(2))  # version, facts of the machine
+  _, system = (_unpickle(file, storage) for _ in range(2))  # version, facts of the machine
   if not system.get("little_endian", True):
     raise UserError("was written on a big-endian machine: save it again on another one.")
-  found = _Unpickler(file, storage).load()
-  for key in _Unpickler(file, storage).load():
+  found = _unpickle(file, storage)
+  for key in _unpickle(file, storage):
     count = int.from_bytes(file.read(8), "little")
     if count != len(storages[key]):
       raise ValueError(f"storage {key} has {count} values in place of {len(storages[key])}")
     storages[key][:] = np.frombuffer(file.read(storages[key].nbytes), storages[key].dtype, count)
   return found
+
+
+def _unpickle(file, storage):
+  """Reads one pickle, after a look at its operations: Python gets as much memory as a damaged one happens to name."""
+  start = file.tell()
+  for count, (operation, value, _) in enumerate(pickletools.genops(file)):
+    if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > count:
+      raise ValueError(f"it has an entry {value} after {count} operations")
+  file.seek(start)
+  return _Unpickler(file, storage).load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -215,6 +228,8 @@ class _Unpickler(pickle.Unpickler):
     if min((offset, *shape, *strides), default=0) < 0:
       raise ValueError("it has a tensor with a negative stride")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if math.prod(shape) > max(len(storage), _MOST_REPEATED):
+      raise ValueError(f"it has a tensor of {list(shape)} out of {len(storage)} values")
     if 0 in shape:
       return np.zeros(shape, storage.dtype)
     if last >= len(storage):
