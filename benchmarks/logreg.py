@@ -7,8 +7,8 @@
 Features of ten classes that overlap, made up, whose standard deviations fall as 1 / sqrt(i). scikit-learn solves one
 penalty after the other by L-BFGS, also in float64, with DINOv2's limit of 1,000 steps; --tolerance is its own, of the
 mean loss's gradient, by default DINOv2's. Each side runs in a fresh process: CPU seconds, and what the process grows by
-at most beyond the float32 features. Ours includes its compilation. The last columns are how far the objectives are above
-the lower one of both sides, as a share of it: only where both are small do the sides solve the same problem.
+at most beyond the float32 features. Ours includes its compilation. The last columns are how far the objectives are
+above the lower one of both sides, as a share of it: only where both are small do the sides solve the same problem.
 """
 
 import pathlib

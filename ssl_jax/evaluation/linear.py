@@ -112,7 +112,13 @@ def _solve(x, y, penalties, num_classes):
   """
   n, d = x.shape
   matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-  curvature, axes = jnp.linalg.eigh(matmul(x.T, x))
+  if n < d:  # The solution is a combination of the images' features: what is orthogonal to all of them stays 0.
+    span, _ = jnp.linalg.qr(x.T)  # [d, n]
+    within = matmul(x, span)
+    curvature, axes = jnp.linalg.eigh(matmul(within.T, within))
+    axes = matmul(span, axes)
+  else:
+    curvature, axes = jnp.linalg.eigh(matmul(x.T, x))
   curvature = jnp.maximum(curvature, 0)  # as it is but for rounding
   wanted = jax.nn.one_hot(y, num_classes, dtype=x.dtype)
   optimizer, tolerance = optax.lbfgs(memory_size=20), _TOLERANCE[x.dtype.itemsize]
@@ -131,7 +137,7 @@ def _solve(x, y, penalties, num_classes):
       unit, unit_b = 1 / jnp.sqrt(weight * curvature + 1 / c), 1 / jnp.sqrt(weight * n)
 
       def unfold(z):
-        return matmul(axes, unit[:, None] * z[:d]), unit_b * z[d]
+        return matmul(axes, unit[:, None] * z[:-1]), unit_b * z[-1]
 
       def objective(z):
         w, b = unfold(z)
@@ -140,7 +146,7 @@ def _solve(x, y, penalties, num_classes):
 
       def gap(value, gradient):
         # The duality gap, C / 2 |dL/dW|^2, where dL/db is zero; else an estimate of what b adds besides.
-        by_w, by_b = jnp.sum(jnp.square(gradient[:d] / unit[:, None])), jnp.sum(jnp.square(gradient[d]))
+        by_w, by_b = jnp.sum(jnp.square(gradient[:-1] / unit[:, None])), jnp.sum(jnp.square(gradient[-1]))
         return (c / 2 * by_w + by_b) / value
 
       def step(carry):
