@@ -66,6 +66,15 @@ def test_features_of_very_different_scales_and_offsets_are_solved_as_they_are(pr
     assert c / 2 * (by_coef**2).sum() + np.abs(by_intercept @ found.intercept[i]) < 1e-4 * value
 
 
+def test_fewer_images_than_features_have_the_same_minimum():
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(9, 20)) + 3, np.arange(9) % 3
+  found = logistic_regression(x, y, C=10.0)
+  value, by_coef, by_intercept = objective(x, y, found.coef[0], found.intercept[0], 10.0)
+  np.testing.assert_allclose(found.objective[0], value, rtol=1e-9)
+  assert 10 / 2 * (by_coef**2).sum() + np.abs(by_intercept @ found.intercept[0]) < 1e-4 * value
+
+
 def test_float32_is_as_near_as_it_says(problem, monkeypatch):
   g, (x, y) = problem
   monkeypatch.setattr(linear.jax, "default_backend", lambda: "tpu")
