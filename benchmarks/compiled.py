@@ -16,7 +16,7 @@ COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shapes>.*?) (?P<kind>{K
 def trace_step(config, mesh):
   """The training step for streamed images, traced as train.py's; nothing is allocated."""
   made = build.program(config, mesh, *configs.schedule_length(config, common.IMAGENET))
-  crops = augment.crop_shapes(configs.views(config), config.batch_size, 3)
+  crops = augment.crop_shapes(configs.views(config), config.batch_size, config.data.channels)
   return made.train_step.trace(made.state, parallel.abstract({"image": crops}, parallel.split(mesh)))
 
 

@@ -43,7 +43,7 @@ TOPOLOGIES = ["v5e:2x2", "v5e:4x4", "v5e:8x8", "v6e:8x8"]
 # Bytes of memory, bytes/s of it, and bytes/s that a chip sends over its four links together (1,600 and 3,584 Gbit/s):
 # cloud.google.com/tpu/docs/v6e, where v5e stands beside it.
 CHIPS = {"v5e": (16e9, 819e9, 200e9), "v6e": (32e9, 1640e9, 448e9)}
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)")
 
 
 def compile_row(config, topology):

@@ -27,6 +27,6 @@ def test_a_recipe_is_compiled_for_four_chips(recipe, tmp_path):
   # Sixteen images a chip: the program's own FLOPs are the model's and what is recomputed, augmented and optimised.
   assert row["model_flops"] < row["flops"] < 1.5 * row["model_flops"]
   # A float32 gradient of each parameter is reduced over four chips, which send twice 3 / 4 of it.
-  parameters = {"simclr_imagenet": 27.7e6, "mae_imagenet:base": 111.7e6}[recipe]
+  parameters = {"simclr_imagenet": 28.0e6, "mae_imagenet:base": 111.7e6}[recipe]
   assert 0.95 < row["collectives"]["all-reduce"][1] / (1.5 * 4 * parameters) < 1.1
   assert 0 < row["mfu"] <= 1
