@@ -2,10 +2,9 @@
 
   python train.py --config=configs/barlow_twins_imagenet.py --config.data.folder=DIR
 
-Published, linear evaluation: 73.3 % (official README; 73.2 % in the paper). The official rates are 0.2 for weights and
-0.0048 for biases and norms; here both are 0.2 and the loss is multiplied by 0.024, as in the official run: LARS takes
-no notice of it for weights, but for their decay, and the others are 0.024 times as fast. DIR holds train/class/** and
-val/class/**.
+Published, linear evaluation: 73.3 % (official README). The official rates are 0.2 for weights and 0.0048 for biases and
+norms; here both are 0.2 and the loss is multiplied by 0.024, as in the official run: LARS takes no notice of it for
+weights, but for their decay, and the others are 0.024 times as fast. DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs

@@ -2,11 +2,10 @@
 
   python train.py --config=configs/lejepa_imagenette.py --config.data.folder=DIR
 
-The official repository's minimal listing: four views of one size, all of them global. Published: 90.7 % by a linear
-layer on the embedding that is trained beside it. Not as there: no drop path (0.1), the learning rate warms up from 0
-and not from a hundredth, and evaluation takes the class token in front of the linear layer to the embedding. Paper and
-README, for ImageNet: weight 0.05, 1024 slices, two views of 224 pixels and six to eight of 96. DIR holds
-train/class/** and val/class/**.
+The official repository's minimal listing: four views of one size, all of them global. Not as there: no drop path
+(0.1), the learning rate warms up from 0 and not from a hundredth, and evaluation takes the class token in front of the
+linear layer to the embedding; the listing's figure is not this recipe's. Paper and README, for ImageNet: weight 0.05,
+1024 slices, two views of 224 pixels and six to eight of 96. DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs

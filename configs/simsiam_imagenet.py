@@ -2,9 +2,8 @@
 
   python train.py --config=configs/simsiam_imagenet.py --config.data.folder=DIR
 
-Learning rate 0.05 * 512 / 256 = 0.1, which falls between epochs. Published, linear evaluation: 67.7 % with the
-predictor's rate falling as the others do, which is what this recipe does; the official command holds it constant
-(--fix-pred-lr) and gets 68.1 %. DIR holds train/class/** and val/class/**.
+Learning rate 0.05 * 512 / 256 = 0.1, which falls between epochs, the predictor's too. The official command holds that
+one constant (--fix-pred-lr), so its published figure is not this recipe's. DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
