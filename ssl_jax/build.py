@@ -3,6 +3,7 @@
 Only this file and `config.py` see a whole config. The other modules are handed their own sections or plain values.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -36,10 +37,33 @@ from ssl_jax.weights import initial
 _AT_ONCE = 256  # images that a restored encoder computes the features of
 
 
-class Run(NamedTuple):
-  """A recipe with everything built from it that a run needs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """What a recipe computes with, whatever the data.
 
   Attributes:
+    learning_rate: the schedule.
+    optimizer: with the schedule inside.
+    method, encoder: the method, and its encoder for evaluation.
+    init: () -> TrainState, compiled.
+    state: the TrainState's shapes, types and shardings.
+    train_step: (TrainState, batch) -> (TrainState, metrics), compiled; the state that goes in is donated.
+  """
+
+  learning_rate: optax.Schedule
+  optimizer: optax.GradientTransformation
+  method: Method
+  encoder: nn.Module
+  init: Callable[[], TrainState]
+  state: TrainState
+  train_step: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Program):
+  """A recipe with everything built from it that a run needs.
+
+  Attributes beside those of `Program`:
     config: the recipe, for what is written and told, and for when the loop logs, evaluates and saves.
     mesh: all devices of all processes.
     train_set: what it trains on.
@@ -47,12 +71,6 @@ class Run(NamedTuple):
     views, eval_view: what training draws of an image, and what evaluation sees of it.
     steps, steps_per_epoch: of the schedules.
     last_step: of this run, which may be stopped earlier.
-    learning_rate: the schedule.
-    optimizer: with the schedule inside.
-    method, encoder: the method, and its encoder for evaluation.
-    init: () -> TrainState, compiled.
-    state: the TrainState's shapes, types and shardings.
-    train_step: (TrainState, batch) -> (TrainState, metrics), compiled; the state that goes in is donated.
     flops: of a step, on all devices.
     peak: FLOP/s of all devices; None: not known.
     chance: the loss of uninformative outputs; None: there is no such value.
@@ -70,13 +88,6 @@ class Run(NamedTuple):
   steps: int
   steps_per_epoch: int
   last_step: int
-  learning_rate: optax.Schedule
-  optimizer: optax.GradientTransformation
-  method: Method
-  encoder: nn.Module
-  init: Callable[[], TrainState]
-  state: TrainState
-  train_step: Any
   flops: int
   peak: float | None
   chance: float | None
@@ -138,7 +149,7 @@ def run(config: Any) -> Run:
     steps=steps,
     steps_per_epoch=steps_per_epoch,
     last_step=min(steps, config.stop_after_steps or steps),
-    **made._asdict(),
+    **vars(made),
     flops=flops.count(traced.jaxpr),
     peak=device_peak and device_peak * mesh.size,
     chance=method.chance(config.batch_size) if method.chance else None,
@@ -155,18 +166,6 @@ def start(run: Run) -> tuple[TrainState, list[str]]:
   return initial.start_from(pathlib.Path(os.path.expanduser(run.config.init_from)), run.init(), run.encoder, *settings)
 
 
-class Program(NamedTuple):
-  """What a recipe computes with: the fields of `Run` of these names."""
-
-  learning_rate: optax.Schedule
-  optimizer: optax.GradientTransformation
-  method: Method
-  encoder: nn.Module
-  init: Callable[[], TrainState]
-  state: TrainState
-  train_step: Any
-
-
 def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Program:
   """The method, optimizer and training step of a recipe, for a schedule of this length; no data are needed."""
   views, rules = configs.views(config), configs.parameter_rules(config)
@@ -180,7 +179,15 @@ def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Progra
   if config.parallel.shard_state:
     state = parallel.sharded(state, mesh)
   init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, state))
-  return Program(learning_rate, optimizer, method, encoder, init, state, training.compile_step(step, state, mesh))
+  return Program(
+    learning_rate=learning_rate,
+    optimizer=optimizer,
+    method=method,
+    encoder=encoder,
+    init=init,
+    state=state,
+    train_step=training.compile_step(step, state, mesh),
+  )
 
 
 def dataset(config: Any, split: str, window: Window | None = None) -> Dataset:
