@@ -6,7 +6,6 @@
 The last line is JSON; the same figures are in WORKDIR/knn.json.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -18,7 +17,7 @@ from ssl_jax.commands.evaluate import BATCH_SIZE, STEP, TEST_SPLIT, WORKDIR, loa
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation.accuracy import guessing, knn_accuracy
 from ssl_jax.evaluation.features import Extractor
-from ssl_jax.run import cli, cluster
+from ssl_jax.run import cli
 from ssl_jax.run.cli import say
 from ssl_jax.settings import positive
 
@@ -76,12 +75,7 @@ def main() -> int:
     score = knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %  balanced {score['balanced']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
-  if cluster.is_main():
-    try:
-      (workdir / "knn.json").write_text(json.dumps(figures, indent=2) + "\n")
-    except OSError as error:  # another's run, say; the figures are not lost
-      say(f"not written: {workdir / 'knn.json'} ({error.strerror})")
-  say(json.dumps(figures))
+  evaluate.hand_over(figures, workdir / "knn.json")
   return 0
 
 

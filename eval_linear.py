@@ -11,7 +11,6 @@ The last line is JSON; the same figures are in WORKDIR/linear.json.
 """
 
 import functools
-import json
 import math
 import pathlib
 import warnings
@@ -27,7 +26,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluation import probe
 from ssl_jax.evaluation.accuracy import LARGEST, guessing
 from ssl_jax.evaluation.features import Extractor
-from ssl_jax.run import cli, cluster
+from ssl_jax.run import cli
 from ssl_jax.run.cli import say
 
 PROTOCOLS = ("logreg",)
@@ -87,9 +86,7 @@ def main() -> int:
   untrained = measured("encoder, untrained", *encoded(restored.untrained()))
   figures |= {f"untrained_{name}": x for name, x in untrained.items()}
   figures |= measured("encoder", *found)
-  if cluster.is_main():
-    (workdir / "linear.json").write_text(json.dumps(figures, indent=2) + "\n")
-  say(json.dumps(figures))
+  evaluate.hand_over(figures, workdir / "linear.json")
   return 0
 
 

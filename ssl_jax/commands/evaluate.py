@@ -1,5 +1,7 @@
 """What eval_knn.py and eval_linear.py share: their flags, and the splits that these or the run name."""
 
+import json
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -7,6 +9,8 @@ from absl import flags
 from ssl_jax import build
 from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
+from ssl_jax.run import cluster
+from ssl_jax.run.cli import say
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "the run to evaluate")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
@@ -32,3 +36,13 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
   if not loaded.is_labelled:
     raise UserError(f"{loaded.name} {split!r} has no labels, and {why}.")
   return loaded
+
+
+def hand_over(figures: dict[str, Any], path: pathlib.Path) -> None:
+  """Writes the figures to a file, where one may write there, and prints them as the last line."""
+  if cluster.is_main():
+    try:
+      path.write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:  # another's run, say; the figures are not lost
+      say(f"not written: {path} ({error.strerror})")
+  say(json.dumps(figures))
