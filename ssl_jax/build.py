@@ -24,7 +24,7 @@ from ssl_jax import data, flops, methods, models, optim, parallel, training
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset
 from ssl_jax.data.crop import centre_crop
-from ssl_jax.data.image import Window, as_pixels
+from ssl_jax.data.image import as_pixels
 from ssl_jax.data.memory import InMemory
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import features
@@ -190,10 +190,11 @@ def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Progra
   )
 
 
-def dataset(config: Any, split: str, window: Window | None = None) -> Dataset:
-  """A split of the data that a config names; `window` is another split's, where the config does not set it."""
+def dataset(config: Any, split: str) -> Dataset:
+  """A split of the data that a config names."""
+  window = config.data.get("window")  # a list, where the config comes from a file
   settings: dict[str, Any] = dict(channels=config.data.channels, reading=configs.reading(config))
-  settings["window"] = tuple(given) if (given := config.data.get("window")) else window
+  settings["window"] = window and tuple(window)
   if config.data.folder:
     return data.load_folder(config.data.folder, split, **settings)
   return data.load(config.data.name, split, data_dir=config.data.data_dir, **settings)
@@ -203,7 +204,9 @@ def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple
   """(bank, queries) of the online k-NN, numbered alike; Nones where one of them has no labels."""
   folder, split = config.data.folder, config.data.test_split
   there = split and (not folder or data.folder.split_folder(pathlib.Path(os.path.expanduser(folder)), split))
-  test_set = dataset(config, split, train_set.window) if there and train_set.is_labelled else None
+  named = config.copy_and_resolve_references()
+  named.data.window = train_set.window  # one for both splits
+  test_set = dataset(named, split) if there and train_set.is_labelled else None
   if test_set is None or not test_set.is_labelled:
     return None, None
   test_set = test_set.tried().numbered_as(train_set)

@@ -49,3 +49,14 @@ def test_its_encoder_is_evaluated(old_run):
   scores = accuracy.knn_accuracy(*found, k=config.knn.k, temperature=config.knn.temperature)
   then = log.read_rows(workdir / "metrics.jsonl")[-1]["knn_top1"]
   assert abs(scores["top1"] - then) <= 1  # one of a hundred images
+
+
+def test_its_encoder_reads_values_of_more_than_8_bits_as_the_run_did(old_run, tmp_path):
+  workdir, _ = old_run
+  (workdir / "resolved.json").write_text(json.dumps({"window": [0, 510]}))
+  config = build.restore_encoder(workdir).config
+  config.data.folder = str(tmp_path / "images")
+  pathlib.Path(config.data.folder).mkdir()
+  np.save(tmp_path / "images" / "0.npy", np.arange(256, dtype=np.uint16).reshape(16, 16))
+  dataset = build.dataset(config, "train")
+  assert dataset.window == (0, 510) and dataset.original(0).max() == 128  # 255 by a window of its own

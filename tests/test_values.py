@@ -70,10 +70,10 @@ def test_wide_values_are_read_through_one_window_of_the_data_set(tmp_path, name,
   config.data.window = (low, middle)
   given = build.dataset(config, "train")
   assert given.original(0).max() == 255 == given.original(1).max() and len(np.unique(given.original(0))) == 256
-  assert given.notes == (f"values from {low:g} to {middle:g} are read as 0 to 255 (given by data.window)",)
+  assert given.notes == (f"values from {low:g} to {middle:g} are read as 0 to 255",)
 
 
-def test_the_window_is_kept_in_the_workdir_and_evaluation_takes_it(tmp_path):
+def test_the_window_is_kept_in_the_workdir(tmp_path):
   for i in range(8):
     save(tmp_path / "data" / "train" / "a" / f"{i}.png", ramp(0, 4095, np.uint16))
   config = folder_config(tmp_path / "data", **{"data.channels": 1, "batch_size": 8, "steps": 4})

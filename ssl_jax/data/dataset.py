@@ -238,8 +238,8 @@ def in_words(window: Window | None, measured: bool) -> list[str]:
   """A note of which values of more than 8 bits are read as 0 to 255."""
   if window is None:
     return []
-  how = f"measured on {SAMPLE} images at most" if measured else "given by data.window"
-  return [f"values from {window[0]:g} to {window[1]:g} are read as 0 to 255 ({how})"]
+  how = f" (measured on {SAMPLE} images at most; data.window sets it)" if measured else ""
+  return [f"values from {window[0]:g} to {window[1]:g} are read as 0 to 255{how}"]
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
