@@ -254,7 +254,7 @@ def test_images_in_flight_take_turns_whatever_the_threads(monkeypatch):
         with lock:
           inside[0] -= 1
 
-  threads = [threading.Thread(target=work) for _ in range(6)]
+  threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
   for thread in threads:
     thread.start()
   for thread in threads:
