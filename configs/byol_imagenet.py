@@ -8,6 +8,7 @@ holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # epochs: learning rate per 256 images, weight decay, first target momentum (byol/configs/byol.py)
@@ -17,7 +18,7 @@ PRESETS = {40: (0.45, 1e-6, 0.97), 100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.9
 def get_config(epochs="1000"):
   config = configs.base()
   if epochs not in map(str, PRESETS):
-    raise ValueError(f"configs/byol_imagenet.py knows {', '.join(map(str, PRESETS))} epochs, got {epochs!r}.")
+    raise UserError(f"configs/byol_imagenet.py knows {', '.join(map(str, PRESETS))} epochs, got {epochs!r}.")
   config.epochs = int(epochs)
   base, weight_decay, momentum = PRESETS[config.epochs]
   config.batch_size = 4096

@@ -9,6 +9,7 @@ train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -38,7 +39,7 @@ def get_config(version="vanilla"):
   config.late = (r"head/last_layer/weight_v",)  # not trained in the first epoch
   config.late_epochs = 1
   if version not in ("vanilla", "boost", "vit_base"):
-    raise ValueError(f"configs/dino_imagenet.py knows vanilla, boost and vit_base, got {version!r}.")
+    raise UserError(f"configs/dino_imagenet.py knows vanilla, boost and vit_base, got {version!r}.")
   if version != "vanilla":
     config.method.update(teacher_temperature=0.07, teacher_temperature_warmup_epochs=30)
   if version == "boost":

@@ -7,11 +7,12 @@ Two global and two local crops, 1,024 prototypes. The recipes were chosen on the
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 
 def get_config(version="resnet"):
   if version not in ("resnet", "vit"):
-    raise ValueError(f"configs/dino_quickstart.py knows resnet and vit, got {version!r}.")
+    raise UserError(f"configs/dino_quickstart.py knows resnet and vit, got {version!r}.")
   vit = version == "vit"
   config = configs.base()
   config.epochs = 16 if vit else 40

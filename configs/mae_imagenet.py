@@ -7,11 +7,14 @@ Learning rate 1.5e-4 * 4096 / 256 = 2.4e-3. Published at 1600 epochs (--config.e
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def get_config(size="base"):
+  if size not in ("base", "large", "huge"):
+    raise UserError(f"configs/mae_imagenet.py knows base, large and huge, got {size!r}.")
   config = configs.base()
   config.epochs = 800
   config.batch_size = 4096

@@ -12,6 +12,7 @@ train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,7 +44,7 @@ def get_config(version="v2"):
     config.lr = dict(base=1.5e-4, scaling="linear", warmup_epochs=40.0, end=0.0)
     config.frozen = (r"encoder/patch_embed/.*",)  # neither trained nor decayed: against instability
   else:
-    raise ValueError(f"configs/moco_imagenet.py knows v1, v2, v3 and v3_vit, got {version!r}.")
+    raise UserError(f"configs/moco_imagenet.py knows v1, v2, v3 and v3_vit, got {version!r}.")
   return config
 
 

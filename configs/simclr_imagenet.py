@@ -12,6 +12,7 @@ DIR holds train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 
 def get_config(version="v1"):
@@ -34,7 +35,7 @@ def get_config(version="v1"):
   config.no_decay = (r".*/bias", r".*/scale")  # kept out of LARS's trust ratio too
   config.eval_every_epochs = 10
   if version not in ("v1", "v2"):
-    raise ValueError(f"configs/simclr_imagenet.py knows v1 and v2, got {version!r}.")
+    raise UserError(f"configs/simclr_imagenet.py knows v1 and v2, got {version!r}.")
   if version == "v2":
     config.epochs = 800
     config.method.projector.layers = 3

@@ -9,6 +9,7 @@ train/class/** and val/class/**.
 """
 
 from ssl_jax import config as configs
+from ssl_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PRESETS = {100: (512, 0.3), 1000: (2048, 0.2)}  # epochs: batch, learning rate per 256 images (the README's commands)
@@ -17,7 +18,7 @@ PRESETS = {100: (512, 0.3), 1000: (2048, 0.2)}  # epochs: batch, learning rate p
 def get_config(epochs="1000"):
   config = configs.base()
   if epochs not in map(str, PRESETS):
-    raise ValueError(f"configs/vicreg_imagenet.py knows {', '.join(map(str, PRESETS))} epochs, got {epochs!r}.")
+    raise UserError(f"configs/vicreg_imagenet.py knows {', '.join(map(str, PRESETS))} epochs, got {epochs!r}.")
   config.epochs = int(epochs)
   config.batch_size, base = PRESETS[config.epochs]
   config.dtype = "bfloat16"

@@ -5,7 +5,6 @@ Only this file and `config.py` see a whole config. The other modules are handed 
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +25,11 @@ from ssl_jax.data import Dataset
 from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.image import as_pixels
 from ssl_jax.data.memory import InMemory
-from ssl_jax.errors import UserError
+from ssl_jax.errors import NoSplit, UserError
 from ssl_jax.evaluation import features
 from ssl_jax.methods.base import AXIS, Context, Method
 from ssl_jax.run import checkpoint
-from ssl_jax.run.workdir import read_resolved
+from ssl_jax.run.workdir import read_json, read_resolved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
 
@@ -109,6 +108,7 @@ class Run(Program):
     return {
       "images": len(self.train_set),
       "files": self.train_set.fingerprint,
+      "sample": self.train_set.sample,
       "channels": self.train_set.channels,
       "window": self.train_set.window and list(self.train_set.window),
       "classes": list(self.train_set.classes),
@@ -202,11 +202,12 @@ def dataset(config: Any, split: str) -> Dataset:
 
 def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple[None, None]:
   """(bank, queries) of the online k-NN, numbered alike; Nones where one of them has no labels."""
-  folder, split = config.data.folder, config.data.test_split
-  there = split and (not folder or data.folder.split_folder(pathlib.Path(os.path.expanduser(folder)), split))
   named = config.copy_and_resolve_references()
   named.data.window = train_set.window  # one for both splits
-  test_set = dataset(named, split) if there and train_set.is_labelled else None
+  try:
+    test_set = dataset(named, config.data.test_split) if config.data.test_split and train_set.is_labelled else None
+  except NoSplit:
+    test_set = None
   if test_set is None or not test_set.is_labelled:
     return None, None
   test_set = test_set.tried().numbered_as(train_set)
@@ -333,13 +334,14 @@ def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   workdir = pathlib.Path(workdir)
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is not a run: it has no config.json.")
-  config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+  config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
   folder = workdir / "checkpoints"
   found = checkpoint.steps(folder)
   step = next(iter(found), None) if step is None else step
+  if step is None:
+    raise UserError(f"{folder} has no checkpoint yet.")
   if step not in found:
     raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
-  assert step is not None
   resolved = read_resolved(workdir)
   config.data.window = config.data.get("window") or resolved.get("window")  # as the run measured it
   # Schedules end at `steps`, which no evaluation sees: runs that did not write it are as long as they came.
@@ -351,6 +353,9 @@ def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   try:
     restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-    raise UserError(f"the checkpoint of step {step} cannot be read: {checkpoint.first_line(error)}") from error
+    raise UserError(
+      f"the checkpoint of step {step} in {folder} cannot be read ({checkpoint.first_line(error)}): take another by its "
+      f"step, of {', '.join(map(str, found))}."
+    ) from error
   init = jax.jit(init, out_shardings=parallel.replicated(mesh))
   return RestoredRun(method, encoder, restored["params"], restored["state"], step, config, init)

@@ -26,7 +26,7 @@ LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 _NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
 _SIDE = optional(whole())
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
-  "seed": whole(0, required=True),
+  "seed": whole(0, 2**31 - 1, required=True),
   "init_from": optional(text()),
   "epochs": whole(required=True),
   "steps": optional(whole()),
@@ -175,7 +175,8 @@ def check_values(config: Any) -> None:
   found = found or _joint_problems(config)
   if found:
     lines = "".join(f"\n  {text}" for text in found)
-    raise UserError(f"{found[0]}." if len(found) == 1 else f"{len(found)} keys of the config are wrong:{lines}")
+    alone = found[0] if found[0].endswith("?") else f"{found[0]}."
+    raise UserError(alone if len(found) == 1 else f"{len(found)} keys of the config are wrong:{lines}")
 
 
 def _view_problems(views, eval_view, channels):

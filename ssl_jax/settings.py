@@ -26,8 +26,9 @@ class Setting(NamedTuple):
   required: bool = False
 
 
-def whole(least: int = 1, *, required: bool = False) -> Setting:
-  return Setting(lambda x: _is_whole(x) and x >= least, f"a whole number, at least {least}", required)
+def whole(least: int = 1, most: float = math.inf, *, required: bool = False) -> Setting:
+  words = f"a whole number, at least {least}" if most == math.inf else f"a whole number from {least} to {most:,}"
+  return Setting(lambda x: _is_whole(x) and least <= x <= most, words, required)
 
 
 def number(least: float = 0, most: float = math.inf, *, ends: str = "[]", required: bool = False) -> Setting:

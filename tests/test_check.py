@@ -30,6 +30,10 @@ def test_check_counts_names_and_measures(tmp_path, capsys):
     assert told.startswith("python -m ssl_jax check: error: ") and told.count("\n") == 1, told
   with pytest.raises(SystemExit):
     check.main([str(tmp_path / "nothing")])
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(SystemExit):
+    check.main([str(tmp_path / "empty")])
+  assert "holds no images" in capsys.readouterr().err
 
 
 def test_check_tells_the_range_of_sizes_what_is_left_out_and_where_all_names_are(tmp_path, capsys):

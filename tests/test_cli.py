@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from absl.testing import flagsaver
 
 from runs import ROOT
 from ssl_jax import __main__, data
@@ -80,6 +81,31 @@ def test_words_that_are_no_flags_are_refused_with_the_right_spelling(monkeypatch
 def test_an_empty_flag_is_refused(capsys, script, flag):
   with pytest.raises(SystemExit, match=rf"error: {flag[:-1]} is empty: is a variable of the shell not set"):
     cli._parse([script, flag], None)
+
+
+def test_a_flag_without_its_value_takes_none_of_the_next(capsys):
+  told = re.escape("--log_dir has no value, but --config.steps=3 behind it: is a variable")
+  with flagsaver.flagsaver(log_dir="--config.steps=3"), pytest.raises(SystemExit, match=told):
+    cli._check_parsed([])
+  with pytest.raises(SystemExit, match="keys of a config need one"):
+    cli._parse(["show", "--config.data.folder=D"], None)
+
+
+@pytest.mark.parametrize(
+  "text, version, told",
+  [
+    ("", "", "has no function get_config, so it is no recipe"),
+    ("def get_config():\n  pass\n", "", "get_config must return an ml_collections.ConfigDict, got None"),
+    ("def get_config():\n  pass\n", ":v2", "has no versions, got 'v2'"),
+    (None, ":v7", "configs/simclr_imagenet.py knows v1 and v2, got 'v7'"),
+  ],
+)
+def test_what_is_no_recipe_is_told_in_a_line(tmp_path, text, version, told):
+  file = ROOT / "configs" / "simclr_imagenet.py" if text is None else tmp_path / "mine.py"
+  if text is not None:
+    file.write_text(text)
+  with pytest.raises(SystemExit, match=re.escape(told)):
+    cli._recipe(f"{file}{version}")
 
 
 def test_a_recipe_that_may_not_be_read_is_told(monkeypatch):

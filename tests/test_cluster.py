@@ -263,6 +263,7 @@ def test_what_the_file_system_refuses_is_a_line_with_the_path_and_a_bug_is_none(
     missing.read_text()
   text = f'PERMISSION_DENIED: Error writing local file "{file}": [OS error 13: EACCES Permission denied]'
   assert cluster.refusal(ValueError(text)) == f"{file}: Permission denied."
+  assert "No space left on device" in cluster.refusal(RuntimeError("write() failed: No space left on device"), file)
   assert cluster.refusal(ValueError("Permission denied")) is None and cluster.refusal(TypeError("x")) is None
 
 
@@ -361,15 +362,17 @@ def flat(tree, prefix=""):
 
 def test_the_first_ctrl_c_asks_the_run_to_save_and_the_second_ends_it(capsys):
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-  try:
-    stopping = cluster.listen_for_signals()
+  with cluster.listening_for_signals() as stopping:
     assert stopping() == 0
     signal.raise_signal(signal.SIGINT)
     assert stopping() == signal.SIGINT and "Ctrl-C once more ends at once" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # as in a notebook's thread
-      assert pool.submit(cluster.listen_for_signals).result()() == 0
-  finally:
-    signal.signal(signal.SIGINT, before[0])
-    signal.signal(signal.SIGTERM, before[1])
+  assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))  # a notebook keeps its own
+
+  def in_a_thread():
+    with cluster.listening_for_signals() as stopping:
+      return stopping()
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # as in a notebook
+    assert pool.submit(in_a_thread).result() == 0

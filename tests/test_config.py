@@ -222,6 +222,7 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
   [
     ("mae_quickstart", "method.mask_ratio", 1.5, "method.mask_ratio must be a number in (0, 1), got 1.5"),
     ("mae_quickstart", "method.mask_ratio", 0, "method.mask_ratio must be a number in (0, 1), got 0"),
+    ("quickstart", "seed", 2**31, "seed must be a whole number from 0 to 2,147,483,647, got 2147483648"),
     ("quickstart", "lr.base", -1.0, "lr.base must be a positive number, got -1.0"),
     ("quickstart", "lr.scaling", "log", "lr.scaling must be one of linear, sqrt, none, got 'log'"),
     ("quickstart", "method.temperature", 0.0, "method.temperature must be a positive number, got 0.0"),

@@ -187,6 +187,11 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   out = capsys.readouterr().out
   assert "1 of the bank cannot be read or has no label" in out and "1 of the queries cannot be read" in out
   assert "k=30 is more than the 23 images of the bank: all of them vote\nk=30 " in out and "k=20 is" not in out
+  kept = (photographs / "train" / "b" / "1.png").read_bytes()
+  PIL.Image.new("RGB", (30, 20)).save(photographs / "train" / "b" / "1.png")  # another picture under the name of one
+  with pytest.raises(UserError, match=r"the images are not those that this run began with \(sample: \w+ then, now"):
+    train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
+  (photographs / "train" / "b" / "1.png").write_bytes(kept)
   (tmp_path / "whole" / "knn.json").unlink()
   (tmp_path / "whole" / "knn.json").mkdir()  # A run that one may only read keeps its figures to itself, too.
   with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), k=["2"], batch_size=8):

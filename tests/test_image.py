@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import os
 import pathlib
 import struct
 import subprocess
@@ -554,6 +555,13 @@ def test_files_out_of_reach_are_named(tmp_path, monkeypatch):
   monkeypatch.setattr(image_module, "open", forbidden, raising=False)  # root may read all real files
   with pytest.raises(ImageError, match=r"^permission denied$"):
     read_image(tmp_path / "secret.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "x.png")
+  with pytest.raises(ImageError, match=r"^not a file$"):
+    read_image(tmp_path / "x.png")
 
 
 def test_what_is_neither_path_nor_bytes_is_a_type_error():

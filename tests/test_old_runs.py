@@ -5,6 +5,7 @@ MoCo v2 on 256 images, stopped after step 5 of 16. whole.jsonl has the rows of t
 
 import json
 import pathlib
+import shutil
 import tarfile
 
 import ml_collections
@@ -13,6 +14,7 @@ import pytest
 
 import train
 from ssl_jax import build, parallel
+from ssl_jax.errors import UserError
 from ssl_jax.evaluation import accuracy, features
 from ssl_jax.run import log
 
@@ -49,6 +51,24 @@ def test_its_encoder_is_evaluated(old_run):
   scores = accuracy.knn_accuracy(*found, k=config.knn.k, temperature=config.knn.temperature)
   then = log.read_rows(workdir / "metrics.jsonl")[-1]["knn_top1"]
   assert abs(scores["top1"] - then) <= 1  # one of a hundred images
+
+
+def test_files_that_somebody_has_damaged_are_told_by_their_path(old_run):
+  workdir, config = old_run
+  for name, content in (("config.json", '{"a":'), ("config.json", "[]"), ("resolved.json", "x")):
+    kept = (workdir / "config.json").read_text()
+    (workdir / name).write_text(content)
+    for use in (lambda: build.restore_encoder(workdir), lambda: train.main(config, workdir)):
+      with pytest.raises(UserError, match=rf"{workdir / name} is damaged.*put it back"):
+        use()
+    (workdir / "config.json").write_text(kept)
+  shutil.rmtree(workdir / "checkpoints")
+  with pytest.raises(UserError, match="has no checkpoint yet"):
+    build.restore_encoder(workdir)
+  (workdir / "resolved.json").unlink()
+  (workdir / "checkpoints").touch()
+  with pytest.raises(UserError, match=rf"{workdir / 'checkpoints'} is a file, where a run has a folder"):
+    train.main(config, workdir)
 
 
 def test_its_encoder_reads_values_of_more_than_8_bits_as_the_run_did(old_run, tmp_path):

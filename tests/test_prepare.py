@@ -95,6 +95,21 @@ def test_what_is_left_out_is_told_and_a_stray_picture_takes_no_labels_away(tmp_p
   assert sorted(int(images.label(i)) for i in range(3)) == [-1, 0, 1]
 
 
+def test_the_same_source_gives_the_same_bytes(tmp_path):
+  for i in range(40):
+    path = tmp_path / "root" / "ab"[i % 2] / f"{i}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
+  if hasattr(os, "mkfifo"):
+    os.mkfifo(tmp_path / "root" / "a" / "pipe.png")
+  for name in ("x", "y"):
+    assert prepare.main(["folder", str(tmp_path / "root"), f"--data_dir={tmp_path / name}", "--name=mine"]) == 0
+  one, other = (json.loads((tmp_path / x / "mine" / "1.0.0" / "manifest.json").read_text()) for x in "xy")
+  assert one == other
+  if hasattr(os, "mkfifo"):
+    assert one["shards"][0]["skipped"] == [["a/pipe.png", "not a file"]]
+
+
 def test_images_of_one_kind_and_without_classes(tmp_path):
   root = put(tmp_path / "in", {"1.jpg": picture(1, "jpeg"), "0.jpg": picture(0, "jpeg")})
   folder = prepare.write(sources.folder_source(root), "flat", tmp_path)

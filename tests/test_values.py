@@ -94,6 +94,8 @@ def test_eight_bits_need_no_window(tmp_path):
     PIL.Image.new(mode, (5, 5)).save(tmp_path / f"{i}.png")
   np.save(tmp_path / "6.npy", np.zeros((5, 5), np.uint8))
   assert data.load_folder(tmp_path, "train").window is None
+  given = data.load_folder(tmp_path, "train", window=(10, 20))
+  assert given.notes == ("data.window changes nothing: it is for values of more than 8 bits",)
   with pytest.raises(UserError, match=r"data\.window must be two numbers, low < high, or none, got \(5, 5\)"):
     build.run(folder_config(tmp_path, **{"data.window": (5, 5)}))
 

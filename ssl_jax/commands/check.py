@@ -22,6 +22,7 @@ from ssl_jax.data.dataset import in_short, in_words, usable_cores
 from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
 from ssl_jax.data.image import ImageError, taking_turns
 from ssl_jax.errors import UserError
+from ssl_jax.run import cluster
 
 FEW = 32  # levels of 256 below which an image is told
 
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
   except UserError as error:
     parser.error(str(error))
   except OSError as error:
-    return parser.tell(f"{error.filename}: {error.strerror}")
+    return parser.tell(cluster.refusal(error, args.report) or f"{error.filename}: {error.strerror}")
 
 
 def examine_all(args: argparse.Namespace) -> int:
@@ -64,10 +65,10 @@ def examine_all(args: argparse.Namespace) -> int:
   found = find_files(args.folder)
   names = [name for name in found.names if is_image(name)]
   files = Files(str(args.folder), names, args.channels)
-  files = dataclasses.replace(files, window=files.measured())
   if not len(files):
     raise UserError("; ".join([f"{args.folder} holds no images ({', '.join(EXTENSIONS)})", *found.notes]))
 
+  files = dataclasses.replace(files, window=files.measured())
   bad: dict[str, str] = {}
   sizes: collections.Counter = collections.Counter()
   levels, flat, start = np.zeros((args.channels, 256), int), [], time.time()
@@ -100,7 +101,7 @@ def examine_all(args: argparse.Namespace) -> int:
   if others:
     common = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
     print(f"left out by their names: {common}{', ...' if len(others) > 5 else ''}")
-  for note in (*found.notes, *in_words(files.window, measured=True)):
+  for note in (*found.notes, *in_words(None, files.window)):
     print(note)
   if flat:
     wide = "" if files.window is None else "; a narrower data.window may tell more of them apart"

@@ -25,6 +25,8 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
   """A labelled split of the data set that the flags or the run name; `why` says what needs its labels."""
   if not split:
     raise UserError("the run has no test split: name one by --test_split.")
+  if FOLDER.value and (DATA.value or DATA_DIR.value):
+    raise UserError("--folder and --data name two data sets: give one of them.")
   named = config.copy_and_resolve_references()
   if FOLDER.value:
     named.data.folder, split = FOLDER.value, split.partition("[")[0]  # the run's splits may be slices

@@ -26,11 +26,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 
 from ssl_jax.commands import Parser
 from ssl_jax.data import prepared, sources
 from ssl_jax.data.fashion_mnist import PUBLISHED_AT, fashion_mnist_source
 from ssl_jax.errors import UserError
+from ssl_jax.run import cluster
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 VERSION = tfds.core.Version("1.0.0")
@@ -136,8 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       write(sources.cifar_source(args.dataset, args.source), args.dataset, args.data_dir)
   except UserError as error:
     return parser.tell(str(error))
-  except OSError as error:  # no permission, disk full
-    return parser.tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+  except Exception as error:
+    if text := cluster.refusal(error, args.data_dir):  # no permission, a full disk
+      return parser.tell(text)
+    if isinstance(error, OSError):
+      return parser.tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    raise
   return 0
 
 
@@ -203,7 +209,8 @@ def _write_shards(
         skipped.append([item.name, item.reason])
         continue
       label = {"label": item.label} if source.classes else {}
-      record = features.serialize_example({"image": item.image, **label})
+      example = tf_example_pb2.Example.FromString(features.serialize_example({"image": item.image, **label}))
+      record = example.SerializeToString(deterministic=True)  # The fields of a map have no order of their own.
       if writer and entry["bytes"] + len(record) > shard_bytes:
         writer.close()
         writer = None

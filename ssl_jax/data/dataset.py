@@ -81,6 +81,7 @@ class Dataset(abc.ABC):
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
     reading: how many threads and processes read it.
     window: what of values of more than 8 bits is read, see `image.read_image`; None: there are none.
+    sample: tells the pixels of a sample from others, where it was `tried`.
     notes: what was left out of it, in words.
   """
 
@@ -93,6 +94,7 @@ class Dataset(abc.ABC):
   fingerprint: str = ""
   reading: Reading = ALL_CORES
   window: Window | None = None
+  sample: str = ""
   notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
@@ -147,14 +149,14 @@ class Dataset(abc.ABC):
     if len(bad) > max(1, _MOST_BAD * len(sample)):
       raise UserError(
         f"{len(bad)} of {len(sample)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
-        "`python -m ssl_jax check` lists all of them."
+        "`python -m ssl_jax check` lists all of a folder's; a prepared set is mended by its `prepare` command."
       )
     notes, copies = list(self.notes), len(prints) - len(set(prints))
     if copies or flat:
       notes.append(f"of {len(prints)} images that were looked at, {copies} are copies of others, {flat} of one colour")
     if self.num_classes == 1:
       notes.append("all images are of one class: an accuracy of 100 % says nothing")
-    return dataclasses.replace(self, notes=tuple(notes))
+    return dataclasses.replace(self, notes=tuple(notes), sample=f"{zlib.crc32(repr(prints).encode()):08x}")
 
   def summary(self) -> str:
     """What tells it from another data set, in one line, without a look at its pixels."""
@@ -234,12 +236,13 @@ def in_short(names: Sequence[str]) -> str:
   return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def in_words(window: Window | None, measured: bool) -> list[str]:
-  """A note of which values of more than 8 bits are read as 0 to 255."""
-  if window is None:
-    return []
-  how = f" (measured on {SAMPLE} images at most; data.window sets it)" if measured else ""
-  return [f"values from {window[0]:g} to {window[1]:g} are read as 0 to 255{how}"]
+def in_words(given: Window | None, measured: Window | None) -> list[str]:
+  """A note of which values of more than 8 bits are read as 0 to 255; `measured` is None where there are none."""
+  if measured is None:
+    return ["data.window changes nothing: it is for values of more than 8 bits"] if given else []
+  low, high = given or measured
+  how = "" if given else f" (measured on {SAMPLE} images at most; data.window sets it)"
+  return [f"values from {low:g} to {high:g} are read as 0 to 255{how}"]
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, in_short, in_words
 from ssl_jax.data.image import ImageError, Window
 from ssl_jax.data.memory import LARGEST, InMemory
 from ssl_jax.data.stream import Images, Streamed
-from ssl_jax.errors import UserError
+from ssl_jax.errors import NoSplit, UserError
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 OTHER_PROGRAMS = frozenset({"@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"})
@@ -88,7 +88,7 @@ def load_folder(
     raise UserError(f"a folder of images has no slices, and {split!r} is one: name a folder in {top}.")
   root = split_folder(top, split)
   if root is None and split != "train":
-    raise UserError(f"data.folder: {top} has no folder {split!r}.")
+    raise NoSplit(f"data.folder: {top} has no folder {split!r}.")
   root = root or top
   found = find_split(top, root)
   names = found.names
@@ -99,7 +99,8 @@ def load_folder(
   number = {name: i for i, name in enumerate(classes)}
   labels = np.array([number[part[0]] if len(part) > 1 else -1 for part in parts], np.int32)
   files = Files(str(root), names, channels)
-  files = dataclasses.replace(files, window=window or files.measured())
+  measured = files.measured()
+  files = dataclasses.replace(files, window=window or measured)
   array = _in_memory(files, max_bytes)
   fingerprint = f"{len(names)} files, {zlib.crc32(os.fsencode('/'.join(names))):08x}"
   about: dict[str, Any] = dict(
@@ -109,7 +110,7 @@ def load_folder(
     split=split,
     classes=tuple(classes),
     window=files.window,
-    notes=(*found.notes, *in_words(files.window, measured=window is None)),
+    notes=(*found.notes, *in_words(window, measured)),
   )
   if array is None:  # whose crops are others
     return Streamed(images=files, fingerprint=f"{fingerprint}, one by one", reading=reading, **about)

@@ -195,6 +195,8 @@ def _reading(source):
     filters.insert(0, _MUTE)
   _muted.on = True
   try:
+    if not isinstance(source, bytes) and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+      raise ImageError("not a file")  # A pipe would be waited for, for ever.
     with io.BytesIO(source) if isinstance(source, bytes) else open(path, "rb") as file:
       yield file
   except ImageError:

@@ -18,7 +18,7 @@ from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, in
 from ssl_jax.data.image import ImageError, Window, read_image
 from ssl_jax.data.memory import LARGEST, InMemory
 from ssl_jax.data.stream import Images, Streamed
-from ssl_jax.errors import UserError
+from ssl_jax.errors import NoSplit, UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 _ARCHIVES = {
@@ -74,12 +74,13 @@ def load(
   labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
   needed = n * height * width * channels if height and width else math.inf
-  measured = window is None
+  notes: dict[str, Any] = {}
   if encoded:
     records = Records(str(builder.data_dir), split, channels, labelled, n)
-    window = window or records.measured()
+    measured = records.measured()
+    notes["notes"] = tuple(in_words(window, measured))
+    notes["window"] = window = window or measured
     records = dataclasses.replace(records, window=window)
-  notes: dict[str, Any] = dict(window=window, notes=tuple(in_words(window, measured))) if encoded else {}
   if encoded and (needed > max_bytes or height * width * channels > LARGEST):
     num_classes = (getattr(label, "num_classes", None) or 1) if labelled else 0
     known = None if labelled else np.full(n, -1, np.int32)
@@ -232,6 +233,11 @@ def _find(name, data_dir):
     raise UserError(f"{dataset} in {root} has no version {version}, only {', '.join(versions)}.")
   if not versions:
     unfinished = sorted(folder.glob("incomplete.*"))
+    if unfinished and unfinished[0].name.startswith("incomplete.shards_"):  # by `python -m ssl_jax prepare`
+      raise UserError(
+        f"the preparation of {name!r} in {unfinished[0]} was interrupted, or still runs: give the same "
+        "`python -m ssl_jax prepare` command again, and it goes on."
+      )
     if unfinished:
       raise UserError(
         f"the preparation of {name!r} was interrupted, or still runs. If it does not: delete {unfinished[0]} "
@@ -300,7 +306,7 @@ def _count(builder, name, split):
     n = splits[split].num_examples
   except (ValueError, KeyError) as error:
     sizes = ", ".join(f"{s} ({i.num_examples:,} images)" for s, i in sorted(splits.items()))
-    raise UserError(
+    raise NoSplit(
       f"{name} has no split {split!r} ({_brief(error)}). It has: {sizes}. A slice is written 'train[:1000]'."
     ) from None
   if not n:

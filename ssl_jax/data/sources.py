@@ -113,9 +113,11 @@ def folder_source(root: pathlib.Path) -> Source:
   def read(split, start):
     for name in itertools.islice(names[split], start, None):
       label = number[name.partition(os.sep)[0]] if os.sep in name else -1
-      shown = f"{split}/{name}" if roots[split] != root else name
+      shown, path = f"{split}/{name}" if roots[split] != root else name, roots[split] / name
       try:
-        yield check_image(shown, (roots[split] / name).read_bytes(), label)
+        if path.exists() and not path.is_file():
+          raise OSError("not a file")  # A pipe would be waited for, for ever.
+        yield check_image(shown, path.read_bytes(), label)
       except OSError as error:
         yield Item(shown, None, label, (error.strerror or str(error)).lower())
 

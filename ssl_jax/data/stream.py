@@ -160,4 +160,4 @@ class Streamed(Dataset):
         return pixels, pixels.shape[:2], i % len(self)
       except ImageError:
         continue
-    raise UserError(f"none of the {len(self):,} images can be read.")
+    raise UserError(f"none of the {len(self):,} images of {self.name} can be read.")

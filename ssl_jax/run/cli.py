@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import inspect
 import os
 import pathlib
 import platform
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 
 from ssl_jax import config as configs
@@ -73,12 +75,19 @@ def run(main: Callable[[], int], recipe: str | None = None, joins: bool = False)
       with cluster.ending_together(orderly=UserError):
         return main()
     except UserError as error:
+      if isinstance(error.__cause__, Exception) and cluster.refusal(error.__cause__):
+        cluster.leave(str(error))  # In an orderly exit TensorStore's threads print their tracebacks after all.
       _fail(str(error))
     except KeyboardInterrupt:
       say("interrupted")
       return 128 + signal.SIGINT
 
-  app.run(wrapped, flags_parser=lambda argv: _parse(argv, recipe))
+  def parse(argv):
+    left = _parse(argv, recipe)
+    _check_parsed(argv)
+    return left
+
+  app.run(wrapped, flags_parser=parse)
 
 
 def _quiet_libraries():
@@ -86,11 +95,11 @@ def _quiet_libraries():
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
-  def hook(kind, error, trace):  # TensorStore prints it for each read or write that a failed one leaves behind.
-    if str(error) != "Event loop is closed":
-      sys.__excepthook__(kind, error, trace)
+  def hook(unraisable):  # TensorStore raises it for each read or write that a failed one leaves behind.
+    if str(unraisable.exc_value) != "Event loop is closed":
+      sys.__unraisablehook__(unraisable)
 
-  sys.excepthook = hook
+  sys.unraisablehook = hook
 
 
 def _use_compilation_cache():
@@ -120,15 +129,10 @@ def _parse(argv, recipe):
   if file and not os.access(file, os.R_OK):
     _fail(f"{file}: {os.strerror(errno.EACCES)}")
   try:
-    left = flags.FLAGS(argv)
-    if any(re.match(r"--?config\.views\[", arg) for arg in argv):
-      views = flags.FLAGS["config"].value.views
-      if len({id(view) for view in views}) < len(views):
-        _fail(f"{file} has one dict as several views, and a key of one would change all: see config.copies.")
-    return left
+    return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:  # ml_collections: a key that the config does not have
     if file:
-      config = runpy.run_path(file)["get_config"]()
+      config = _recipe(given[-1])
       keys = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
       for key in keys:
         if not configs.has_key(config, key):
@@ -136,9 +140,42 @@ def _parse(argv, recipe):
     raise error
   except (flags.Error, TypeError, ValueError) as error:
     if "Error whilst parsing config file" in str(error):  # ml_collections' text, with the traceback inside
-      config_file, _, version = given[-1].partition(":")
-      runpy.run_path(config_file)["get_config"](*([version] if version else []))  # fails with its own traceback
+      _recipe(given[-1])
+    if not given and any(re.match(r"--?config\.", arg) for arg in argv):
+      _fail("keys of a config need one: --config=FILE")
     _fail(str(error))
+
+
+def _check_parsed(argv):
+  """Ends with a line where flags were parsed, and not as they were meant."""
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if isinstance(value, str) and value.startswith("--"):
+      _fail(f"--{name} has no value, but {value} behind it: is a variable of the shell not set?")
+  if given := [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]:
+    config = flags.FLAGS["config"].value
+    if not isinstance(config, ml_collections.ConfigDict):
+      config = _recipe(given[-1])
+    views = config.get("views") or ()
+    if any(re.match(r"--?config\.views\[", arg) for arg in argv) and len({id(x) for x in views}) < len(views):
+      _fail(f"{given[-1]} has one dict as several views, and a key of one would change all: see config.copies.")
+
+
+def _recipe(given):
+  """The config of FILE or FILE:VERSION. What is no recipe ends in a line, and a bug in one in its own traceback."""
+  file, _, version = given.partition(":")
+  get_config = runpy.run_path(file).get("get_config")
+  if get_config is None:
+    _fail(f"{file} has no function get_config, so it is no recipe.")
+  if version and not inspect.signature(get_config).parameters:
+    _fail(f"{file} has no versions, got {version!r}.")
+  try:
+    config = get_config(*([version] if version else []))
+  except UserError as error:
+    _fail(str(error))
+  if not isinstance(config, ml_collections.ConfigDict):
+    _fail(f"{file}: get_config must return an ml_collections.ConfigDict, got {config!r}.")
+  return config
 
 
 def _fail(text):

@@ -164,8 +164,9 @@ def check_shared(folder: pathlib.Path) -> None:
     )
 
 
-def listen_for_signals() -> Callable[[], int]:
-  """Returns `stopping()`, which all processes call after each step: the signal on which the run is to end there, or 0.
+@contextlib.contextmanager
+def listening_for_signals() -> Iterator[Callable[[], int]]:
+  """Gives `stopping()`, which all processes call after each step: the signal on which the run is to end there, or 0.
 
   With several processes SIGTERM to any one of them is enough. With a single process it is SIGTERM or Ctrl-C, and a
   second signal ends it at once. Python lets only the main thread listen; in another one the answer is always 0.
@@ -174,8 +175,9 @@ def listen_for_signals() -> Callable[[], int]:
     # JAX stops them at the number after the highest that any process has passed, or at 1 before the first call: if the
     # numbers were training steps, a run that is resumed from a checkpoint would never reach it.
     asked = itertools.count(1)
-    return lambda: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(asked)) else 0
-  came = [0]
+    yield lambda: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(asked)) else 0
+    return
+  came, before = [0], {}
 
   def handler(number, frame):
     del frame
@@ -186,28 +188,32 @@ def listen_for_signals() -> Callable[[], int]:
       print("stopping after this step, and saving; Ctrl-C once more ends at once", flush=True)
 
   if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, handler)
-  return lambda: came[0]
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda: came[0]
+  finally:
+    for number, earlier in before.items():  # a notebook's, say
+      signal.signal(number, earlier)
 
 
 def refusal(error: Exception, folder: pathlib.Path | None = None) -> str | None:
   """What the file system refused, as a line; None for any other error.
 
-  It comes as an OSError, or in the text of one of TensorStore's exceptions. A missing file is a bug, but for one in
-  `folder`, which somebody has then taken away.
+  It comes as an OSError, or in the text of an exception of TensorStore's or ArrayRecord's. A missing file is a bug, but
+  for one in `folder`, which somebody has then taken away.
   """
   named = re.search(r'local file "([^"]+)"', str(error))
-  if not isinstance(error, OSError) and not named and "RESOURCE_EXHAUSTED" not in str(error):
+  full = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
+  if not isinstance(error, OSError) and not named and not full:
     return None
   path = pathlib.Path(getattr(error, "filename", None) or (named and named[1]) or folder or ".").absolute()
   lost = (errno.ENOENT,) if folder and folder.absolute() in path.parents else ()
-  why = next((text for text in map(os.strerror, (*_FULL, *_REFUSED, *lost)) if text in str(error)), None)
-  if why is None or why not in map(os.strerror, _FULL):
+  if not full:
+    why = next((text for text in map(os.strerror, (*_REFUSED, *lost)) if text in str(error)), None)
     return why and f"{path}: {why}."
   free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
   return (
-    f"cannot write to {path}: {why}, {free:,} bytes are free. What was saved before is whole: make room, and go on by "
+    f"cannot write to {path}: {full}, {free:,} bytes are free. What was saved before is whole: make room, and go on by "
     "the same command."
   )
 

@@ -32,11 +32,14 @@ _TOLD = 10  # files that cannot be read are told one by one, up to so many
 
 def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
   """Raises UserError if the workdir has a run with another config, or other files: steps would see other images."""
+  for name in ("checkpoints", "tensorboard", "pictures"):
+    if (workdir / name).exists() and not (workdir / name).is_dir():
+      raise UserError(f"{workdir / name} is a file, where a run has a folder: move it away, or take another --workdir.")
   if not checkpoint.steps(workdir / "checkpoints"):
     return
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
-  configs.check_same(run.config, json.loads((workdir / "config.json").read_text()))
+  configs.check_same(run.config, read_json(workdir / "config.json"))
   then = {"window": None} | read_resolved(workdir)  # older versions measured none
   differ = {key: (then[key], now) for key, now in run.resolved().items() if key in then and then[key] != now}
   if differ:
@@ -57,8 +60,19 @@ def write_start(run: "Run", workdir: pathlib.Path) -> None:
 def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:
   """`Run.resolved` of the run in a workdir; of one that an older version wrote, what it has."""
   if (workdir / "resolved.json").is_file():
-    return json.loads((workdir / "resolved.json").read_text())
+    return read_json(workdir / "resolved.json")
   return {"files": (workdir / "files.txt").read_text()} if (workdir / "files.txt").is_file() else {}
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """What a run wrote into a JSON file of its workdir. Raises UserError where somebody has damaged it."""
+  try:
+    content = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}): put it back as it was, or take another --workdir.") from None
+  if not isinstance(content, dict):
+    raise UserError(f"{path} is damaged, it holds {content!r}: put it back as it was, or take another --workdir.")
+  return content
 
 
 def noting_skipped(
