@@ -33,6 +33,7 @@ def test_every_section_has_finite_positive_numbers(tmp_path):
   assert "fastest for nt_xent, N = 64" in out and "fastest for info_nce, N = 64" in out
 
 
+@pytest.mark.slow
 def test_blocks_are_measured(tmp_path):
   rows, _ = report(tmp_path / "rows.json", "--sections", "blocks")
   assert rows and all(row["ms"] > 0 and row["temporary_mib"] > 0 for row in rows)

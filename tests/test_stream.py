@@ -275,7 +275,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_that_can_be_read():
     assert [replaced.get(i, i) for i in a["wanted"].tolist()] == b["index"].tolist()
     same = a["index"] == b["index"]
     assert_equal([x[same] for x in b["image"]], [x[same] for x in a["image"]])
-  with pytest.raises(UserError, match="none of the 3 images can be read"):
+  with pytest.raises(UserError, match="none of the 3 images of noise can be read"):
     streamed(Noise(3, bad=range(3))).read_or_next(1)
 
 

@@ -19,8 +19,9 @@ from test_train import folder_config
 
 from runs import ROOT
 from ssl_jax import build, data
+from ssl_jax.augment import EvaluationView, View
 from ssl_jax.commands import check, prepare
-from ssl_jax.data import image
+from ssl_jax.data import image, stream
 from ssl_jax.data.image import ImageError, read_image, value_range
 from ssl_jax.errors import UserError
 from ssl_jax.run import report
@@ -269,6 +270,18 @@ def test_images_in_flight_take_turns_whatever_the_threads(monkeypatch):
   assert image._in_flight == [0]
 
 
+def test_what_is_read_one_by_one_takes_turns_until_it_is_cropped(tmp_path, monkeypatch):
+  for i in range(2):
+    PIL.Image.new("RGB", (20, 16 + i)).save(tmp_path / f"{i}.png")
+  seen, cut, crop = [], stream.cut_views, stream.centre_crop
+  monkeypatch.setattr(stream, "cut_views", lambda *given: seen.append(image._in_flight[0]) or cut(*given))
+  monkeypatch.setattr(stream, "centre_crop", lambda *given: seen.append(image._in_flight[0]) or crop(*given))
+  images = data.load_folder(tmp_path, "train", reading=data.Reading(threads=0))
+  images.example(0, (View(size=8),), (0, 0, 0))
+  next(iter(images.in_order(EvaluationView(resize=8, size=8), 2)))
+  assert seen == [7 * 20 * 16, 7 * 20 * 16, 7 * 20 * 17] and image._in_flight == [0]
+
+
 def test_only_small_images_are_held_in_memory(tmp_path):
   for i in range(2):
     PIL.Image.new("RGB", (256, 256), (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -301,7 +314,7 @@ assert train.main(config, pathlib.Path(folder) / "run") == 0
 @pytest.mark.parametrize(
   "code, copies, most",
   [
-    (READING, 3, 1.4e9),
+    pytest.param(READING, 3, 1.4e9, marks=pytest.mark.slow),
     pytest.param(TRAINING, 4, 1.5e9, marks=pytest.mark.slow),
     pytest.param(TRAINING, 128, 1.5e9, marks=pytest.mark.slow),
   ],
