@@ -64,7 +64,9 @@ def test_another_process_with_the_number_of_the_holder_is_not_the_holder(path):
     pass
 
 
-@pytest.mark.parametrize("elsewhere", [dict(host="other"), dict(namespace="pid:[1]"), dict(pid="?", host="other")])
+@pytest.mark.parametrize(
+  "elsewhere", [dict(host="other"), dict(namespace="pid:[1]", started=0.0), dict(pid="?", host="other")]
+)
 def test_a_holder_elsewhere_lives_as_long_as_it_touches_its_lock(path, monkeypatch, elsewhere):
   leave_behind(path, 20, **elsewhere)
   monkeypatch.setattr(lock.time, "sleep", lambda _: touched(path, 0))
