@@ -3,7 +3,7 @@
   python eval_knn.py --workdir=runs/quickstart
   python eval_knn.py --workdir=runs/quickstart --step=500 --k=20 --data=fashion_mnist --data_dir=D
 
-The last line is JSON; the same figures are in WORKDIR/knn.json.
+The last line is JSON; the same figures are in WORKDIR/knn.json, those of other data in WORKDIR/knn_NAME.json.
 """
 
 import pathlib
@@ -59,6 +59,8 @@ def main() -> int:
   bank_features, bank_labels = extractor(restored.variables, bank)
   if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
     say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
+  if bank.split == queries.split:
+    say("bank and queries are the same images: each is left out of its own neighbours")
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
   query_features, labels = (bank_features, bank_labels) if same else extractor(restored.variables, queries)
   exclude = np.arange(len(bank_features)) if same else None
@@ -75,7 +77,7 @@ def main() -> int:
     score = knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
     say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %  balanced {score['balanced']:6.2f} %")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
-  evaluate.hand_over(figures, workdir / "knn.json")
+  evaluate.hand_over(figures, workdir, "knn")
   return 0
 
 

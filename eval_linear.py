@@ -7,7 +7,7 @@
 --protocol=logreg is logistic regression with an L2 penalty, as DINOv2's evaluation does it: on the features as the
 encoder gives them, the penalty chosen on a held-out tenth of the training images, never on the test images, and the
 classifier refitted on all of them. The same is done with the raw pixels and with the encoder that the run began with.
-The last line is JSON; the same figures are in WORKDIR/linear.json.
+The last line is JSON; the same figures are in WORKDIR/linear.json, those of other data in WORKDIR/linear_NAME.json.
 """
 
 import functools
@@ -86,7 +86,7 @@ def main() -> int:
   untrained = measured("encoder, untrained", *encoded(restored.untrained()))
   figures |= {f"untrained_{name}": x for name, x in untrained.items()}
   figures |= measured("encoder", *found)
-  evaluate.hand_over(figures, workdir / "linear.json")
+  evaluate.hand_over(figures, workdir, "linear")
   return 0
 
 

@@ -30,11 +30,10 @@ from ssl_jax.training import TrainState
 
 def main(config, workdir: pathlib.Path) -> int:
   """Trains. Returns the exit status: 0, or 128 + the number of the signal that ended the run."""
-  with cluster.listening_for_signals() as stopping:
-    run = cluster.together(lambda: build.run(config))
-    cluster.check_alike(configs.facts(config) | run.facts())
-    with lock.held(workdir):
-      return go_on(run, workdir, stopping)
+  run = cluster.together(lambda: build.run(config))
+  cluster.check_alike(configs.facts(config) | run.facts())
+  with lock.held(workdir), cluster.listening_for_signals() as stopping:  # While it waits, a signal ends it at once.
+    return go_on(run, workdir, stopping)
 
 
 def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:

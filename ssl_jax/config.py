@@ -198,6 +198,8 @@ def _view_problems(views, eval_view, channels):
 def _joint_problems(config):
   found = []
   view, encoder = eval_view(config), config.encoder
+  if config.data.get("folder") and config.data.get("data_dir"):
+    found.append("data.folder and data.data_dir name two data sets: give one of them")
   if view.size > view.resize:
     found.append(
       f"a centre crop of {view.size} pixels (eval_view.size, else the first view's) does not fit in "

@@ -312,6 +312,13 @@ VARIANTS = [
 ]
 
 
+def test_a_folder_and_a_data_dir_are_two_data_sets():
+  config = with_value(recipe(by_name("quickstart")), "data.folder", "D")
+  configs.check_values(config)
+  with pytest.raises(UserError, match=r"data\.folder and data\.data_dir name two data sets"):
+    configs.check_values(with_value(config, "data.data_dir", "E"))
+
+
 def test_each_view_of_a_recipe_is_a_dict_of_its_own():
   for path, arguments in VARIANTS:
     views = recipe(path, *arguments).views

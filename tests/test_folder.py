@@ -192,6 +192,16 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
   with pytest.raises(UserError, match=r"the images are not those that this run began with \(sample: \w+ then, now"):
     train.main(folder_config(photographs, stop_after_steps=4), tmp_path / "stopped")
   (photographs / "train" / "b" / "1.png").write_bytes(kept)
+  before = (tmp_path / "whole" / "knn.json").read_text()
+  given = dict(folder=str(photographs), bank_split="val", test_split="val")
+  with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), k=["2"], batch_size=8, **given):
+    assert eval_knn.main() == 0
+  assert "the same images: each is left out of its own neighbours" in capsys.readouterr().out
+  assert (tmp_path / "whole" / "knn.json").read_text() == before  # of the run's own data
+  assert (tmp_path / "whole" / "knn_photographs.json").exists()
+  for wrong in (dict(folder="x", data="y"), dict(data_dir="x")):
+    with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), **wrong), pytest.raises(UserError, match="give"):
+      eval_knn.main()
   (tmp_path / "whole" / "knn.json").unlink()
   (tmp_path / "whole" / "knn.json").mkdir()  # A run that one may only read keeps its figures to itself, too.
   with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), k=["2"], batch_size=8):

@@ -110,6 +110,24 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
     assert one["shards"][0]["skipped"] == [["a/pipe.png", "not a file"]]
 
 
+def test_changed_class_names_and_lost_metadata_are_mended_by_the_same_command(tmp_path, capsys):
+  for name in ("a/0.png", "b/1.png"):
+    path = tmp_path / "root" / name
+    path.parent.mkdir(parents=True)
+    PIL.Image.new("RGB", (4, 4)).save(path)
+  command = ["folder", str(tmp_path / "root"), f"--data_dir={tmp_path}", "--name=mine"]
+  folder = tmp_path / "mine" / "1.0.0"
+  assert prepare.main(command) == 0
+  (folder / "label.labels.txt").write_text("b\na\n")
+  assert prepare.main(command) == 0
+  assert "is damaged (its metadata)" in capsys.readouterr().out
+  assert (folder / "label.labels.txt").read_text().split() == ["a", "b"]
+  (folder / "features.json").unlink()
+  with pytest.raises(UserError, match=r"has no features\.json: give its `python -m ssl_jax prepare` command again"):
+    data.load("mine", "train", data_dir=tmp_path)
+  assert prepare.main(command) == 0 and len(data.load("mine", "train", data_dir=tmp_path)) == 2
+
+
 def test_images_of_one_kind_and_without_classes(tmp_path):
   root = put(tmp_path / "in", {"1.jpg": picture(1, "jpeg"), "0.jpg": picture(0, "jpeg")})
   folder = prepare.write(sources.folder_source(root), "flat", tmp_path)

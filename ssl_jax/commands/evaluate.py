@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from absl import flags
@@ -33,6 +34,8 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
   elif DATA.value:
     named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
   elif DATA_DIR.value:
+    if named.data.folder:
+      raise UserError("--data_dir is for a prepared data set, and the run's images are in a folder: give --data too.")
     named.data.data_dir = DATA_DIR.value
   loaded = build.dataset(named, split)
   if not loaded.is_labelled:
@@ -40,8 +43,13 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
   return loaded
 
 
-def hand_over(figures: dict[str, Any], path: pathlib.Path) -> None:
-  """Writes the figures to a file, where one may write there, and prints them as the last line."""
+def hand_over(figures: dict[str, Any], workdir: pathlib.Path, name: str) -> None:
+  """Writes the figures to WORKDIR/name.json, where one may write there, and prints them as the last line.
+
+  Those of other data than the run's have the data's name behind: knn_photographs.json.
+  """
+  other = FOLDER.value or DATA.value
+  path = workdir / f"{name}{'_' + re.sub(r'[^A-Za-z0-9]+', '_', pathlib.Path(other).name) if other else ''}.json"
   if cluster.is_main():
     try:
       path.write_text(json.dumps(figures, indent=2) + "\n")

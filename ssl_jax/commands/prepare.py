@@ -73,7 +73,10 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
       raise UserError(f"{folder} was not prepared from this source: delete it, or choose another --data_dir or name.")
     damaged = [entry["file"] for entry in manifest["shards"] if not _is_intact(folder, entry)]
     metadata = ("dataset_info.json", "features.json", *(["label.labels.txt"] if source.classes else []))
-    if not damaged and all((folder / file).is_file() for file in metadata):
+    whole = all((folder / file).is_file() for file in metadata)
+    if whole and source.classes:
+      whole = (folder / "label.labels.txt").read_text().splitlines() == source.classes
+    if not damaged and whole:
       print(f"already prepared, nothing changed: {_summary(folder)}")
       return _print_use(name, data_dir, folder)
     print(f"{folder} is damaged ({', '.join(damaged) or 'its metadata'}): writing that again")

@@ -176,6 +176,10 @@ def open_prepared(folder: pathlib.Path, prepare: str = "prepare it again") -> An
     UserError: the metadata is missing or cannot be read.
   """
   missing = [f for f in ("dataset_info.json", "features.json") if not (folder / f).is_file()]
+  if missing and (folder / "manifest.json").is_file():  # by `python -m ssl_jax prepare`
+    raise UserError(
+      f"{folder} has no {missing[0]}: give its `python -m ssl_jax prepare` command again, which mends it."
+    )
   if missing:
     raise UserError(f"{folder} has no {missing[0]}: its preparation was interrupted. Delete it and {prepare}")
   try:
