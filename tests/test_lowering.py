@@ -170,14 +170,8 @@ VERSIONS = {
   "dino_imagenet": ["vanilla", "boost", "vit_base"],
   "dino_quickstart": ["resnet", "vit"],
 }
-# One of each kind of step is quick enough to be lowered whenever the tests run.
-QUICK = ("simclr_imagenet:v1", "moco_imagenet:v2", "moco_imagenet:v3", "moco_imagenet:v3_vit", "byol_imagenet:")
-QUICK += ("mae_imagenet:base", "dino_imagenet:vanilla", "lejepa_imagenette:", "vicreg_imagenet:")
 RECIPES = [
-  pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-  for file in sorted(CONFIGS.glob("*.py"))
-  for version in VERSIONS.get(file.stem, [""])
-  for name in [f"{file.stem}:{version}"]
+  f"{file.stem}:{version}" for file in sorted(CONFIGS.glob("*.py")) for version in VERSIONS.get(file.stem, [""])
 ]
 
 
