@@ -59,9 +59,9 @@ def main() -> int:
   bank_features, bank_labels = extractor(restored.variables, bank)
   if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
     say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
-  if bank.split == queries.split:
-    say("bank and queries are the same images: each is left out of its own neighbours")
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
+  if same:
+    say("bank and queries are the same images: each is left out of its own neighbours")
   query_features, labels = (bank_features, bank_labels) if same else extractor(restored.variables, queries)
   exclude = np.arange(len(bank_features)) if same else None
   for role, x, features in (("bank", bank, bank_features), ("queries", queries, query_features)):
