@@ -192,6 +192,12 @@ def test_what_does_not_fit_is_an_error_that_names_it_and_both_models(golden, tmp
   refused({k: v for k, v in state.items() if k != "norm.bias"}, DINO, "1 missing .*norm.bias")
   refused({k: v for k, v in state.items() if k != "pos_embed"}, DINO, "missing.*positions='row_first'")
   refused(state | {"cls_token": np.full((1, 1, 48), np.nan, np.float32)}, DINO, "not finite, in cls_token")
+  refused(
+    state | {"cls_token": np.zeros((1, 1, 48), np.int64)}, DINO, "whole numbers where weights belong, in cls_token"
+  )
+  safetensors.numpy.save_file(state, path)
+  with pytest.raises(UserError, match="holds one encoder, with nothing in front of its names: leave take out, got 'x'"):
+    load_weights(path, DINO, take="x")
   flat = state["patch_embed.proj.weight"].reshape(48, -1)
   refused(state | {"patch_embed.proj.weight": flat}, DINO, r"patch embedding \(48, 192\) is no convolution")
   two = {f"{word}.{name}": x for word in "ab" for name, x in state.items()}

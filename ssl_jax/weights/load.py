@@ -181,6 +181,8 @@ def _pick(file, kind, prefixes, take, flat):
     names = [name for name in names if take in name.split(".")]
   elif len(names) > 1:
     names = [name for word in _PREFERRED for name in names if word in name.split(".")][:1]
+  if len(names) != 1 and list(prefixes) == [""]:
+    raise UserError(f"{file} holds one encoder, with nothing in front of its names: leave take out, got {take!r}.")
   if len(names) != 1:
     raise UserError(
       f"{file} holds the encoders {', '.join(f'{name}*' for name in prefixes)}: name one by a part of its names, "
@@ -271,6 +273,8 @@ def _fit(state, model, where):
     if "pos_embed" not in state and getattr(model, "positions", "") == "learned":
       text += " Without positions in the file, they are fixed: positions='row_first' (MoCo v3) or 'column_first' (MAE)."
     raise UserError(text) from error
+  if whole := [name for name, value in state.items() if np.asarray(value).dtype.kind in "biu"]:
+    raise UserError(f"{where} has whole numbers where weights belong, in {', '.join(whole[:10])}: was it quantised?")
   if broken := [name for name, value in state.items() if not np.all(np.isfinite(np.asarray(value, np.float32)))]:
     raise UserError(f"{where} has values that are not finite, in {', '.join(broken[:10])}.")
   return variables
