@@ -14,6 +14,7 @@ from ssl_jax import build, convert, optim
 from ssl_jax.errors import UserError
 from ssl_jax.losses import lejepa_loss
 from ssl_jax.methods import lejepa
+from ssl_jax.methods.base import OneNetworkState
 from ssl_jax.models import heads, vit
 
 KEYS = jax.random.split(jax.random.key(0), 20)
@@ -44,7 +45,7 @@ def test_eight_steps_are_the_minimal_listings(golden, dtype, rtol, precise, monk
   rename |= {rf"^projector\.mlp\.{ours}": f"proj.{place}" for ours, place in PROJECTOR.items()}
   shapes = {"params": params, "batch_stats": {"projector": state.batch_stats["projector"]}}
   start = named_variables(shapes, "lejepa/", rename, dtype)
-  params, state = start["params"], lejepa.LeJEPAState({"encoder": {}, **start["batch_stats"]})
+  params, state = start["params"], OneNetworkState({"encoder": {}, **start["batch_stats"]})
   rates = jnp.asarray(g["lr"])
   optimizer = optim.adamw(lambda step: rates[step], None, weight_decay=float(g["cfg/weight_decay"]))
   opt_state, step = optimizer.init(params), make_step(method, optimizer)
@@ -93,7 +94,7 @@ def test_the_first_resolution_is_global_and_the_metrics_are_the_parts():
   views = (large, jnp.concatenate([small, small + 1]))
   params, state = (
     {"encoder": {}, "projector": {"two": jnp.float32(2)}},
-    lejepa.LeJEPAState({"encoder": {}, "projector": {}}),
+    OneNetworkState({"encoder": {}, "projector": {}}),
   )
   value, aux = jax.jit(method.loss)(params, state, views, KEYS[:5], 7)
   z = jnp.concatenate([2 * jnp.mean(x, axis=(2, 3)) for x in views])

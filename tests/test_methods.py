@@ -13,7 +13,7 @@ from trajectories import PRECISIONS, cast, error, make_step, named_variables, vi
 from ssl_jax import convert, optim, random_streams
 from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods import byol, dino, mae, moco, moco_v3, simsiam
-from ssl_jax.methods.base import Momentum, constant_momentum, cosine_momentum
+from ssl_jax.methods.base import Momentum, OneNetworkState, constant_momentum, cosine_momentum
 from ssl_jax.models import heads, resnet, vit
 from ssl_jax.models.mae import MAEDecoder
 
@@ -155,7 +155,7 @@ def test_simsiam_is_the_official_model(golden, dtype, rtol):
   def step(params, stats):
     outputs, _ = heads.view_by_view(network, params, stats, drawn[0])
     (value, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(
-      params, simsiam.SimSiamState(stats), drawn, KEYS[:8], 0
+      params, OneNetworkState(stats), drawn, KEYS[:8], 0
     )
     return outputs, value, grads, aux.averages
 

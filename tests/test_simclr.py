@@ -16,7 +16,8 @@ from named_weights import named_images, named_weight
 
 from ssl_jax import build, convert, optim
 from ssl_jax.losses import nt_xent
-from ssl_jax.methods.simclr import SimCLRState, simclr
+from ssl_jax.methods.base import OneNetworkState
+from ssl_jax.methods.simclr import simclr
 from ssl_jax.models import resnet
 from ssl_jax.models.heads import Network, SimCLRProjector
 from ssl_jax.models.norm import BatchNorm
@@ -59,7 +60,7 @@ def test_lars_steps_and_the_features_after_six_are_the_pytorch_references(optimi
     empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     weights = {name: named_weight(f"simclr/{name}", x.shape) for name, x in convert.to_torch(empty).items()}
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), convert.from_torch(weights, shapes))
-    params, state = variables["params"], SimCLRState(variables["batch_stats"])
+    params, state = variables["params"], OneNetworkState(variables["batch_stats"])
     optimizer = optim.lars(
       lambda i: 0.01 * jnp.minimum(1, i / 2), lambda p: optim.decayed(p, (".*/bias", ".*/scale")), weight_decay=1e-2
     )

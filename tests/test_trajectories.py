@@ -16,7 +16,8 @@ from named_weights import named_weight
 from trajectories import named_variables
 
 from ssl_jax import build, convert, parallel, training
-from ssl_jax.methods import barlow_twins, byol, dino, mae, moco, moco_v3, simclr, simsiam, vicreg
+from ssl_jax.methods import byol, dino, mae, moco, moco_v3
+from ssl_jax.methods.base import OneNetworkState
 from ssl_jax.models.heads import without_predictor
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -115,14 +116,8 @@ def started(run, shapes):
   prefix = f"{run}/online/" if run == "byol" else f"{run}/"
   first = named_variables(own, prefix, {}, jnp.float64)
   params, stats = first["params"], first.get("batch_stats", {})
-  alone = {  # states that are batch statistics alone
-    "simclr": simclr.SimCLRState,
-    "vicreg": vicreg.VICRegState,
-    "barlow_twins": barlow_twins.BarlowTwinsState,
-    "simsiam": simsiam.SimSiamState,
-  }
-  if run in alone:
-    return params, alone[run](stats)
+  if run in ("simclr", "vicreg", "barlow_twins", "simsiam"):
+    return params, OneNetworkState(stats)
   if run in ("moco_v1", "moco_v2"):
     queue = np.float64(named_weight(f"{run}/queue", (20, 6)))
     queue = jnp.asarray(queue / np.linalg.norm(queue, axis=1, keepdims=True))

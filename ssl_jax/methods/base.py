@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from flax import struct
 from jax import lax
 
 from ssl_jax.augment import View
@@ -233,6 +234,40 @@ def cosine_momentum(first: float, steps: int) -> Momentum:
 def _check_momentum(m):
   if not 0 <= m <= 1:  # also true for NaN
     raise UserError(f"a momentum must be in [0, 1], got {m}.")
+
+
+@struct.dataclass
+class OneNetworkState:
+  """The state of `one_network`: running batch statistics, {"encoder": ..., "projector": ..., ...}, float32."""
+
+  batch_stats: Any
+
+
+def one_network(init: Callable, loss: Callable, *, separable: bool, chance: Callable | None = None) -> Method:
+  """Builds a method that has one network and nothing beside it: no slow copy, no queue, no centre.
+
+  Args:
+    init: (key, views) -> variables of the network, as a module's `init` returns them.
+    loss: (params, batch_stats, views, step) -> (scalar to minimise, Aux with the new batch_stats as `averages`).
+    separable, chance: see `Method`.
+  """
+
+  def init_state(key, views):
+    variables = init(key, views)
+    return variables["params"], OneNetworkState(variables.get("batch_stats", {}))
+
+  def loss_of_state(params, state, views, keys, step):
+    del keys  # no dropout
+    return loss(params, state.batch_stats, views, step)
+
+  def update(params, state, aux, step):
+    del params, step
+    return state.replace(batch_stats=aux.averages)
+
+  def encoder(params, state):
+    return of_encoder(params, state.batch_stats)
+
+  return Method(init_state, loss_of_state, update, encoder, separable, chance)
 
 
 def of_encoder(params: Any, batch_stats: Any) -> dict[str, Any]:

@@ -12,21 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 
 from ssl_jax import random_streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import lejepa_loss
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_contrastive, in_chunks
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_contrastive, in_chunks, one_network
 from ssl_jax.models.heads import EmbeddingProjector, train_pass
 from ssl_jax.settings import number, positive, text, whole
-
-
-@struct.dataclass
-class LeJEPAState:
-  """Running batch statistics: {"encoder": ..., "projector": ...}, float32."""
-
-  batch_stats: Any
 
 
 def lejepa(
@@ -68,11 +60,10 @@ def lejepa(
     head_variables = projector.init(projector_key, features, train=True)
     parts = {"encoder": variables, "projector": head_variables}
     params = {name: part["params"] for name, part in parts.items()}
-    return params, LeJEPAState({name: part.get("batch_stats", {}) for name, part in parts.items()})
+    return {"params": params, "batch_stats": {name: part.get("batch_stats", {}) for name, part in parts.items()}}
 
-  def loss(params, state, views, keys, step):
-    del keys  # No dropout.
-    encode = functools.partial(forward, params, state.batch_stats)
+  def loss(params, batch_stats, views, step):
+    encode = functools.partial(forward, params, batch_stats)
     z, batch_stats = in_chunks(encode, views, microbatch, axis_name)
     global_views = views[0].shape[0]
     directions = draw_directions(step, z.shape[-1], slices)
@@ -83,14 +74,7 @@ def lejepa(
     monitored = Monitored(rearrange(jax.lax.stop_gradient(z[:2]), "v b d -> b v d"))
     return value, Aux(metrics, averages=batch_stats, monitored=monitored)
 
-  def update(params, state, aux, step):
-    del params, step
-    return state.replace(batch_stats=aux.averages)
-
-  def encoder_variables(params, state):
-    return {"params": params["encoder"], "batch_stats": state.batch_stats["encoder"]}
-
-  return Method(init, loss, update, encoder_variables, separable=False)
+  return one_network(init, loss, separable=False)
 
 
 def draw_directions(step: jax.Array, dim: int, slices: int) -> jax.Array:

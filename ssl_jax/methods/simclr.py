@@ -13,7 +13,6 @@ from typing import Any
 import chex
 import flax.linen as nn
 from einops import rearrange
-from flax import struct
 
 from ssl_jax.losses import nt_xent
 from ssl_jax.methods.base import (
@@ -24,20 +23,13 @@ from ssl_jax.methods.base import (
   check_contrastive,
   check_two_views,
   in_chunks,
-  of_encoder,
+  one_network,
 )
 from ssl_jax.models.heads import Network, SimCLRProjector, train_pass
 from ssl_jax.settings import optional, positive, text, whole
 
 # model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-
-@struct.dataclass
-class SimCLRState:
-  """Running batch statistics: {"encoder": ..., "projector": ...}, float32."""
-
-  batch_stats: Any
 
 
 def simclr(
@@ -65,28 +57,20 @@ def simclr(
     return rearrange(z, "(v b) d -> v b d", v=2), batch_stats
 
   def init(key, views):
-    variables = network.init(key, views[0][0], train=True)
-    return variables["params"], SimCLRState(variables.get("batch_stats", {}))
+    return network.init(key, views[0][0], train=True)
 
-  def loss(params, state, views, keys, step):
-    del keys, step  # No dropout, no schedule.
-    encode = functools.partial(forward, params, state.batch_stats)
+  def loss(params, batch_stats, views, step):
+    del step  # no schedule
+    encode = functools.partial(forward, params, batch_stats)
     z, batch_stats = in_chunks(encode, views[0], microbatch, axis_name)
     value = nt_xent(z[0], z[1], temperature=temperature, axis_name=axis_name)
     monitored = Monitored(rearrange(z, "v b d -> b v d"))
     return 2 * value, Aux({"loss": value}, averages=batch_stats, monitored=monitored)
 
-  def update(params, state, aux, step):
-    del params, step
-    return state.replace(batch_stats=aux.averages)
-
-  def encoder_variables(params, state):
-    return of_encoder(params, state.batch_stats)
-
   def chance(batch_size):
     return math.log(2 * batch_size - 1)
 
-  return Method(init, loss, update, encoder_variables, separable=False, chance=chance)
+  return one_network(init, loss, separable=False, chance=chance)
 
 
 SETTINGS = dict(

@@ -10,19 +10,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
 from ssl_jax.losses import simsiam_loss
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, of_encoder
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, one_network
 from ssl_jax.models.heads import PredictorNetwork, Projector, torch_bias, torch_uniform, view_by_view
 from ssl_jax.settings import text, whole
-
-
-@struct.dataclass
-class SimSiamState:
-  """Running batch statistics: {"encoder": ..., "projector": ..., "predictor": ...}, float32."""
-
-  batch_stats: Any
 
 
 def simsiam(encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> Method:
@@ -34,27 +26,19 @@ def simsiam(encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> M
   network = PredictorNetwork(encoder, projector, predictor)
 
   def init(key, views):
-    variables = network.init(key, views[0][0], train=True)
-    return variables["params"], SimSiamState(variables.get("batch_stats", {}))
+    return network.init(key, views[0][0], train=True)
 
-  def loss(params, state, views, keys, step):
-    del keys, step  # No dropout, no schedule.
-    (z, p), batch_stats = view_by_view(network, params, state.batch_stats, views[0])  # [2, b, h, w, c] -> [2, b, d]
+  def loss(params, batch_stats, views, step):
+    del step  # no schedule
+    (z, p), batch_stats = view_by_view(network, params, batch_stats, views[0])  # [2, b, h, w, c] -> [2, b, d]
     value = (simsiam_loss(p[0], z[1]) + simsiam_loss(p[1], z[0])) / 2
     return value, Aux({"loss": value}, averages=batch_stats, monitored=Monitored(jnp.stack(list(z), axis=1)))
-
-  def update(params, state, aux, step):
-    del params, step
-    return state.replace(batch_stats=aux.averages)
-
-  def encoder_variables(params, state):
-    return of_encoder(params, state.batch_stats)
 
   def chance(batch_size):
     del batch_size
     return 0.0  # the cosine of orthogonal vectors
 
-  return Method(init, loss, update, encoder_variables, separable=True, chance=chance)
+  return one_network(init, loss, separable=True, chance=chance)
 
 
 SETTINGS = dict(name=text(required=True), features=whole(required=True), hidden=whole(required=True))

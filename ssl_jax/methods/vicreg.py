@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
 from ssl_jax.losses import vicreg_loss
 from ssl_jax.methods.base import (
@@ -22,17 +21,10 @@ from ssl_jax.methods.base import (
   check_contrastive,
   check_two_views,
   in_chunks,
-  of_encoder,
+  one_network,
 )
 from ssl_jax.models.heads import Network, Projector, torch_uniform, view_by_view
 from ssl_jax.settings import number, text, whole
-
-
-@struct.dataclass
-class VICRegState:
-  """Running batch statistics: {"encoder": ..., "projector": ...}, float32."""
-
-  batch_stats: Any
 
 
 def vicreg(
@@ -56,25 +48,17 @@ def vicreg(
   network = Network(encoder, projector)
 
   def init(key, views):
-    variables = network.init(key, views[0][0], train=True)
-    return variables["params"], VICRegState(variables.get("batch_stats", {}))
+    return network.init(key, views[0][0], train=True)
 
-  def loss(params, state, views, keys, step):
-    del keys, step  # No dropout, no schedule.
-    encode = functools.partial(view_by_view, network, params, state.batch_stats)
+  def loss(params, batch_stats, views, step):
+    del step  # no schedule
+    encode = functools.partial(view_by_view, network, params, batch_stats)
     z, batch_stats = in_chunks(encode, views[0], microbatch, axis_name)  # [2, b, h, w, c] -> [2, b, d]
     weights = dict(invariance=invariance, variance=variance, covariance=covariance)
     value = vicreg_loss(z[0], z[1], **weights, axis_name=axis_name)
     return value, Aux({"loss": value}, averages=batch_stats, monitored=Monitored(jnp.stack(list(z), axis=1)))
 
-  def update(params, state, aux, step):
-    del params, step
-    return state.replace(batch_stats=aux.averages)
-
-  def encoder_variables(params, state):
-    return of_encoder(params, state.batch_stats)
-
-  return Method(init, loss, update, encoder_variables, separable=False)
+  return one_network(init, loss, separable=False)
 
 
 SETTINGS = dict(
