@@ -1,5 +1,6 @@
 """Optimizers and schedules of the recipes, put together from optax."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -133,11 +134,14 @@ def lars(
     weight_decay, momentum, trust_coefficient: as above.
     lr_inside: which form.
   """
-  rate, velocity = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
+  if lr_inside:
+    masks = dict(weight_decay_mask=mask, trust_ratio_mask=mask)
+    return optax.lars(learning_rate, weight_decay, trust_coefficient=trust_coefficient, momentum=momentum, **masks)
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask),
     optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), mask),
-    *((rate, velocity) if lr_inside else (velocity, rate)),
+    optax.trace(momentum),
+    optax.scale_by_learning_rate(learning_rate),
   )
 
 
@@ -146,23 +150,6 @@ def sgd(
 ) -> optax.GradientTransformation:
   """SGD with momentum and L2 decay as in PyTorch: v = momentum v + g + weight_decay p, p -= lr v."""
   return optax.chain(optax.add_decayed_weights(weight_decay, mask), optax.sgd(learning_rate, momentum, nesterov))
-
-
-def adamw(
-  learning_rate: optax.Schedule,
-  mask: Any,
-  *,
-  weight_decay: float | optax.Schedule = 0.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-) -> optax.GradientTransformation:
-  """AdamW with decoupled decay, scaled by the learning rate as in PyTorch; the decay may be a schedule (DINO)."""
-  if callable(weight_decay):
-    decay = optax.inject_hyperparams(optax.add_decayed_weights, static_args="mask")(weight_decay, mask=mask)
-  else:
-    decay = optax.add_decayed_weights(weight_decay, mask)
-  return optax.chain(optax.scale_by_adam(b1, b2, eps), decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def clip_by_param_norm(max_norm: float) -> optax.GradientTransformation:
@@ -228,7 +215,7 @@ def scale_by_rates(layer_decay: float, rates: Sequence[tuple[str, float]]) -> op
   return optax.GradientTransformation(init, update)
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": optax.adamw}
 _OF_ALL = dict(
   name=text(required=True),
   weight_decay=number(),
@@ -277,16 +264,15 @@ def make(
   layer_decay, rates = arguments.pop("layer_decay", 1.0), arguments.pop("rates", ())
   if name not in OPTIMIZERS:
     raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
-  weight_decay = arguments.get("weight_decay", 0.0)
+  weight_decay = arguments.setdefault("weight_decay", 0.0)  # optax.adamw has another default
 
   def build(shift):
     """The optimizer of parameters that are trained from step `shift` on, where its own step count is 0."""
     if decay_end is not None:
       decay = cosine_between(weight_decay, decay_end, steps)
       arguments["weight_decay"] = lambda step: decay(step + shift)
-    return OPTIMIZERS[name](
-      lambda step: learning_rate(step + shift), lambda params: decayed(params, rules.no_decay), **arguments
-    )
+    mask = functools.partial(decayed, no_decay=rules.no_decay)
+    return OPTIMIZERS[name](lambda step: learning_rate(step + shift), mask=mask, **arguments)
 
   built = build(0)
   if rules.frozen or rules.late:

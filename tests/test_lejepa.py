@@ -5,12 +5,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from named_weights import named_images
 from test_config import by_name, recipe
 from trajectories import error, make_step, named_variables
 
-from ssl_jax import build, convert, optim
+from ssl_jax import build, convert
 from ssl_jax.errors import UserError
 from ssl_jax.losses import lejepa_loss
 from ssl_jax.methods import lejepa
@@ -47,7 +48,7 @@ def test_eight_steps_are_the_minimal_listings(golden, dtype, rtol, precise, monk
   start = named_variables(shapes, "lejepa/", rename, dtype)
   params, state = start["params"], OneNetworkState({"encoder": {}, **start["batch_stats"]})
   rates = jnp.asarray(g["lr"])
-  optimizer = optim.adamw(lambda step: rates[step], None, weight_decay=float(g["cfg/weight_decay"]))
+  optimizer = optax.adamw(lambda step: rates[step], weight_decay=float(g["cfg/weight_decay"]))
   opt_state, step = optimizer.init(params), make_step(method, optimizer)
   for i in range(8):
     x = named_images(f"lejepa/views{i}", (20, 4, 16, 16, 3))

@@ -225,7 +225,7 @@ def test_24_steps_of_mae_are_the_official_codes(golden, tiny_mae):
   g = golden("mae_trajectory")
   load, loss, _ = tiny_mae
   params, rates = load(g), jnp.asarray(g["lrs"], jnp.float32)
-  optimizer = optim.adamw(lambda step: rates[step], no_decay, weight_decay=float(g["weight_decay"]), b2=0.95)
+  optimizer = optax.adamw(lambda step: rates[step], mask=no_decay, weight_decay=float(g["weight_decay"]), b2=0.95)
   opt_state = optimizer.init(params)
 
   @jax.jit
@@ -280,14 +280,14 @@ def test_dino_is_its_algorithm_in_numpy():
   with jax.enable_x64(True):
     params = cast({"encoder": {"kernel": w["encoder"]}, "head": {"last_layer": {"kernel": w["last"]}}}, jnp.float64)
     state = dino.DINOState(params, jnp.zeros(7), {}, {})
-    late = optim.adamw(
-      lambda i: jnp.asarray(lr)[i + late_steps], None, weight_decay=lambda i: jnp.asarray(decay)[i + late_steps]
+    late = optax.adamw(
+      lambda i: jnp.asarray(lr)[i + late_steps], weight_decay=lambda i: jnp.asarray(decay)[i + late_steps]
     )
     optimizer = optax.chain(
       optim.clip_by_param_norm(clip),
       optax.partition(
         {
-          "on": optim.adamw(lambda i: jnp.asarray(lr)[i], None, weight_decay=lambda i: jnp.asarray(decay)[i]),
+          "on": optax.adamw(lambda i: jnp.asarray(lr)[i], weight_decay=lambda i: jnp.asarray(decay)[i]),
           "late": optax.conditionally_mask(late, lambda i: i >= late_steps),
         },
         {"encoder": {"kernel": "on"}, "head": {"last_layer": {"kernel": "late"}}},

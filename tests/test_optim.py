@@ -137,7 +137,7 @@ def test_sgd_is_pytorchs(x64, nesterov):
 
 def test_adamw_is_pytorchs(x64):
   params, gradients = draw_problem()
-  optimizer = optim.adamw(schedule, without_bias, weight_decay=0.05, b1=0.8, b2=0.95, eps=1e-6)
+  optimizer = optax.adamw(schedule, mask=without_bias, weight_decay=0.05, b1=0.8, b2=0.95, eps=1e-6)
   p, m, v, want = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0), []
   for step, gradient in enumerate(gradients):
     lr, t = float(schedule(step)), step + 1
@@ -230,9 +230,11 @@ def make(**optimizer):
 def test_a_config_names_the_optimizer_and_what_does_not_decay(x64, name):
   params, gradients = draw_problem()
   got = run(make(name=name, weight_decay=0.02), params, gradients)
-  want = run(optim.OPTIMIZERS[name](schedule, without_bias, weight_decay=0.02), params, gradients)
+  want = run(optim.OPTIMIZERS[name](schedule, mask=without_bias, weight_decay=0.02), params, gradients)
   assert_history(got, want)
-  without = run(optim.OPTIMIZERS[name](schedule, without_bias), params, gradients)
+  without = run(make(name=name), params, gradients)
+  plain = run(optim.OPTIMIZERS[name](schedule, mask=without_bias, weight_decay=0.0), params, gradients)
+  assert_history(without, plain)
   np.testing.assert_array_equal(got[-1]["b"], without[-1]["b"])
   assert np.abs(got[-1]["w"] - without[-1]["w"]).max() > 1e-6
 
