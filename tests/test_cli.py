@@ -92,6 +92,20 @@ def test_a_flag_without_its_value_takes_none_of_the_next(capsys):
 
 
 @pytest.mark.parametrize(
+  "flags, told",
+  [
+    (["--config.steps=none", "--config.epochs=None"], "epochs must be a whole number, at least 1, got None."),
+    (["--config.stepz=none"], "there is no config key 'stepz'; did you mean 'steps'?"),
+    (["--config.views.0.size=20"], "the parts of a list are numbered in brackets, as --config.views[0].size=28."),
+  ],
+)
+def test_a_key_may_be_none_and_parts_of_a_list_have_brackets(tmp_path, flags, told):
+  command = [sys.executable, str(ROOT / "train.py"), f"--workdir={tmp_path / 'run'}", *flags]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(told), done.stderr
+
+
+@pytest.mark.parametrize(
   "text, version, told",
   [
     ("", "", "has no function get_config, so it is no recipe"),

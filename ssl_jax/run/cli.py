@@ -20,6 +20,8 @@ from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.run import cluster
 
+# ml_collections reads "none" into texts only, and a key without a value is called that.
+_NONE = re.compile(r"--?config\.([\w.]+)=none", re.IGNORECASE)
 _LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -129,7 +131,7 @@ def _parse(argv, recipe):
   if file and not os.access(file, os.R_OK):
     _fail(f"{file}: {os.strerror(errno.EACCES)}")
   try:
-    return flags.FLAGS(argv)
+    return flags.FLAGS([arg for arg in argv if not _NONE.fullmatch(arg)])
   except (AttributeError, KeyError) as error:  # ml_collections: a key that the config does not have
     if file:
       config = _recipe(given[-1])
@@ -143,22 +145,28 @@ def _parse(argv, recipe):
       _recipe(given[-1])
     if not given and any(re.match(r"--?config\.", arg) for arg in argv):
       _fail("keys of a config need one: --config=FILE")
+    if wrong := next((arg for arg in argv if re.match(r"--?config\.[\w.]*\.\d", arg)), None):
+      _fail(f"{wrong}: the parts of a list are numbered in brackets, as --config.views[0].size=28.")
     _fail(str(error))
 
 
 def _check_parsed(argv):
-  """Ends with a line where flags were parsed, and not as they were meant."""
+  """Takes the values of keys that are to be none, and ends with a line where flags were parsed not as meant."""
   for name in flags.FLAGS:
     value = flags.FLAGS[name].value
     if isinstance(value, str) and value.startswith("--"):
       _fail(f"--{name} has no value, but {value} behind it: is a variable of the shell not set?")
-  if given := [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]:
-    config = flags.FLAGS["config"].value
-    if not isinstance(config, ml_collections.ConfigDict):
-      config = _recipe(given[-1])
-    views = config.get("views") or ()
-    if any(re.match(r"--?config\.views\[", arg) for arg in argv) and len({id(x) for x in views}) < len(views):
-      _fail(f"{given[-1]} has one dict as several views, and a key of one would change all: see config.copies.")
+  config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  given = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
+  if given and not isinstance(config, ml_collections.ConfigDict):
+    config = _recipe(given[-1])
+  for found in filter(None, map(_NONE.fullmatch, argv)):
+    with config.ignore_type():
+      config.update_from_flattened_dict({found[1]: None})
+  views = (config and config.get("views")) or ()
+  if any(re.match(r"--?config\.views\[", arg) for arg in argv) and len({id(x) for x in views}) < len(views):
+    file = given[-1] if given else "the recipe"
+    _fail(f"{file} has one dict as several views, and a key of one would change all: see config.copies.")
 
 
 def _recipe(given):
