@@ -335,6 +335,10 @@ def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is not a run: it has no config.json.")
   config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
+  try:
+    configs.check_values(config)
+  except UserError as error:
+    raise UserError(f"{workdir / 'config.json'} is damaged: {error}") from None
   folder = workdir / "checkpoints"
   found = checkpoint.steps(folder)
   step = next(iter(found), None) if step is None else step

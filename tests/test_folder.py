@@ -107,6 +107,18 @@ def test_other_programs_folders_are_left_out_and_told(tmp_path):
   assert found.notes == ("left out: 3 images in folders of other programs (@eaDir, __MACOSX)",)
 
 
+def test_a_folder_tells_other_files_empty_classes_and_classes_that_differ_in_capitals(tmp_path):
+  pictures(tmp_path, "train/Cat/0.png", "train/cat/1.png", "train/dog/2.png")
+  for name in ("train/cat/0.heic", "train/cat/1.heic", "train/dog/about", "train/owl/0.xcf"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  assert data.load_folder(tmp_path, "train").notes == (
+    "left out: files whose names are not those of images (2 .heic, 1 without an ending, 1 .xcf)",
+    "class folders without images: 1 (owl)",
+    "classes whose names differ in capitals alone: Cat, cat",
+  )
+
+
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
   root, scandir = pictures(tmp_path, "a/0.png", "b/1.png"), os.scandir
 
@@ -118,6 +130,7 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "scandir", refused)
   assert data.load_folder(root, "train").notes == (
     f"folders that cannot be listed: 1, such as {root / 'b'} (Permission denied)",
+    "class folders without images: 1 (b)",
   )
 
 

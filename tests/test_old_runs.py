@@ -62,6 +62,10 @@ def test_files_that_somebody_has_damaged_are_told_by_their_path(old_run):
       with pytest.raises(UserError, match=rf"{workdir / name} is damaged.*put it back"):
         use()
     (workdir / "config.json").write_text(kept)
+  (workdir / "config.json").write_text(kept.replace('"batch_size": ', '"batch_size": -'))
+  with pytest.raises(UserError, match=rf"{workdir / 'config.json'} is damaged: batch_size must be a whole number"):
+    build.restore_encoder(workdir)
+  (workdir / "config.json").write_text(kept)
   shutil.rmtree(workdir / "checkpoints")
   with pytest.raises(UserError, match="has no checkpoint yet"):
     build.restore_encoder(workdir)

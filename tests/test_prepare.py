@@ -268,6 +268,9 @@ def test_a_second_run_changes_nothing_and_another_source_is_refused(many, tmp_pa
   with pytest.raises(UserError, match=r"was not prepared from this source: delete it, or choose another"):
     write_many(many, tmp_path)
   assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
+  (folder / "manifest.json").write_text("{")
+  with pytest.raises(UserError, match=r"manifest.json is missing or damaged: delete"):
+    write_many(many, tmp_path)
 
 
 def test_an_interrupted_run_of_another_list_of_files_is_begun_anew(many, tmp_path):
@@ -295,7 +298,8 @@ def test_two_runs_at_once_are_refused(many, tmp_path, monkeypatch):
   [
     (["folder", "{}/none"], "there is no folder {}/none"),
     (["folder", "{}/empty"], "{}/empty holds no images"),
-    (["folder", "{}/broken"], "none of the images of the split 'train' can be read"),
+    (["folder", "{}/broken"], "none of the images of the split 'train' can be read, such as "),
+    (["folder", "{}/bands"], "0.npy: 13 channels, not 3: train on the folder itself, with --config.data.channels"),
     (["folder", "{}/broken", "--name=9-x"], "got '9-x': pass --name=NAME"),
     (["folder", "{}/odd"], "the class folder 'a\\nb' has a name that label.labels.txt cannot hold"),
     (["cifar10", "--from={}/empty"], "there is no file {}/empty/cifar-10-python.tar.gz: download"),
@@ -305,7 +309,8 @@ def test_two_runs_at_once_are_refused(many, tmp_path, monkeypatch):
 )
 def test_mistakes_are_one_line(tmp_path, capsys, args, message):
   (tmp_path / "empty").mkdir()
-  put(tmp_path, {"broken/0.png": b"broken", "odd/a\nb/0.png": picture(0)})
+  put(tmp_path, {"broken/0.png": b"broken", "odd/a\nb/0.png": picture(0), "bands/0.npy": b""})
+  np.save(tmp_path / "bands" / "0.npy", np.zeros((4, 4, 13), np.uint8))
   args = [arg.replace("{}", str(tmp_path)) for arg in args]
   assert run(*args, f"--data_dir={tmp_path / 'out'}") == 1
   error = capsys.readouterr().err

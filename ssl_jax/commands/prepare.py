@@ -69,7 +69,9 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
   print_of_source = f"{source.fingerprint}; shards of {shard_bytes} bytes"
   if folder.exists():
     manifest = _read_manifest(folder)
-    if manifest is None or manifest["source"] != print_of_source:
+    if manifest is None:
+      raise UserError(f"{folder}/manifest.json is missing or damaged: delete {folder}, or choose another --data_dir.")
+    if manifest["source"] != print_of_source:
       raise UserError(f"{folder} was not prepared from this source: delete it, or choose another --data_dir or name.")
     damaged = [entry["file"] for entry in manifest["shards"] if not _is_intact(folder, entry)]
     metadata = ("dataset_info.json", "features.json", *(["label.labels.txt"] if source.classes else []))
@@ -176,7 +178,9 @@ def _finish_shards(source, name, work, print_of_source, shard_bytes):
       finished.append(entry)
       _write_manifest(work, manifest)
     if not finished:
-      raise UserError(f"none of the images of the split {split!r} can be read, or there are none: check the source.")
+      item = next(source.splits[split](0), None)
+      reason = f", such as {item.name}: {item.reason}" if item else "; there are none"
+      raise UserError(f"none of the images of the split {split!r} can be read{reason}.")
     for i, entry in enumerate(finished):  # TFDS's names contain the number of shards, known only now.
       entry["file"] = f"{pattern.format(i)}-of-{len(finished):05d}"
   _write_manifest(work, manifest)

@@ -1,5 +1,6 @@
 """A folder of images, read in place: into one array where they fit and are of one size, one by one otherwise."""
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -137,6 +138,15 @@ def find_split(top: pathlib.Path, root: pathlib.Path) -> "Found":
   """The images of a split's folder `root`, `top` itself or one in it; and what is left out or has no class."""
   found = find_files(root)
   names, notes = [name for name in found.names if is_image(name)], list(found.notes)
+  if others := collections.Counter(os.path.splitext(name)[1] for name in found.names if not is_image(name)):
+    kinds = in_short([f"{count:,} {ending or 'without an ending'}" for ending, count in others.most_common()])
+    notes.append(f"left out: files whose names are not those of images ({kinds})")
+  with_images = {name.partition(os.sep)[0] for name in names if os.sep in name}
+  if empty := [name for name in _class_folders(top, root) if name not in with_images]:
+    notes.append(f"class folders without images: {len(empty):,} ({in_short(empty)})")
+  same = collections.Counter(name.lower() for name in with_images)
+  if alike := sorted(name for name in with_images if same[name.lower()] > 1):
+    notes.append(f"classes whose names differ in capitals alone: {in_short(alike)}")
   stray = sum(os.sep not in name for name in names)
   if 0 < stray < len(names):
     notes.append(f"{_images(stray)} without a class folder: the k-NN leaves them out")
@@ -145,6 +155,12 @@ def find_split(top: pathlib.Path, root: pathlib.Path) -> "Found":
       f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {in_short(list(beside))})"
     )
   return Found(names, notes)
+
+
+def _class_folders(top, root):
+  """The names of a split's class folders, images in them or not."""
+  folders = sorted(x.name for x in root.iterdir() if x.is_dir() and not _is_others(x.name))
+  return [name for name in folders if root != top or name not in SPLITS]
 
 
 def _is_others(name):

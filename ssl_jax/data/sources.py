@@ -95,6 +95,7 @@ def folder_source(root: pathlib.Path) -> Source:
   found = {split: find_split(root, folder) for split, folder in roots.items()}
   names = {split: x.names for split, x in found.items() if x.names}
   notes = [f"{split}: {note}" for split, x in found.items() for note in x.notes]
+  notes += [f"{split}: no images, so the data set will have no such split" for split, x in found.items() if not x.names]
   if not names:
     raise UserError("; ".join([f"{root} holds no images ({', '.join(EXTENSIONS)})", *notes]))
   inside = {name.partition(os.sep)[0] for listed in names.values() for name in listed if os.sep in name}
@@ -139,7 +140,8 @@ def check_image(name: str, encoded: bytes, label: int) -> Item:
       raise ImageError("more than 8 bits, which would be lost: save it as a 16-bit PNG, or train on the folder itself")
     return Item(name, to_png(pixels), label)
   except ImageError as error:
-    return Item(name, None, label, str(error))
+    advice = ": train on the folder itself, with --config.data.channels" if "channels, not" in str(error) else ""
+    return Item(name, None, label, f"{error}{advice}")
 
 
 def to_png(pixels: np.ndarray, *, smallest: bool = False) -> bytes:
