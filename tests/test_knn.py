@@ -79,6 +79,17 @@ def test_the_chunk_size_changes_nothing(chunk_size):
   np.testing.assert_allclose(got, knn_predict(bank, labels, queries, k=6), rtol=2e-5, atol=1e-7)  # float32 / 0.07
 
 
+def test_a_large_chunk_is_searched_group_by_group_with_the_same_neighbours():
+  k, (bank, _, queries) = 5, draw(1280, queries=40)
+  bank = np.round(bank[:, :2] + 0.5) + 0.5  # many equal rows, and none of length 0
+  labels = np.arange(len(bank))  # a class a row, so that each neighbour shows
+  settings = dict(k=k, num_classes=len(bank), exclude=np.arange(40))
+  whole = knn_predict(bank, labels, queries[:, :2], chunk_size=len(bank), **settings)
+  small = knn_predict(bank, labels, queries[:, :2], chunk_size=31, **settings)
+  assert knn._candidates(jnp.zeros((1, len(bank))), k)[0].shape == (1, k * knn._GROUP)
+  np.testing.assert_allclose(whole, small, atol=1e-6)
+
+
 def test_queries_of_more_than_one_block_are_each_answered_as_if_alone(monkeypatch):
   bank, labels, queries = draw(20, queries=23)
   want = reference(bank, labels, queries, 5, 0.07, 4, exclude=np.arange(23) % 20)
