@@ -13,6 +13,8 @@ _LEAVES = {
   "cls_token": "cls_token",
   "pos_embed": "pos_embed",
   "mask_token": "mask_token",
+  "register_tokens": "register_tokens",
+  "gamma": "gamma",
   "weight_g": "weight_g",
   "weight_v": "weight_v",
   "kernel": "weight",
@@ -73,9 +75,9 @@ def from_torch(
   out, mismatched = {}, []
   for name in wanted.keys() & given.keys():
     path, leaf = wanted[name]
-    value = _to_jax(given[name])
+    value = _to_jax(path, given[name])
     if value.shape != leaf.shape:
-      mismatched.append(f"{name}: file {given[name].shape}, model {_to_torch(np.empty(leaf.shape)).shape}")
+      mismatched.append(f"{name}: file {given[name].shape}, model {_to_torch(path, np.empty(leaf.shape)).shape}")
     out[path] = value.astype(leaf.dtype)
   problems = [
     _list("missing from the state dict", wanted.keys() - given.keys()),
@@ -89,7 +91,7 @@ def from_torch(
 
 def to_torch(variables: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.ndarray]:
   """The inverse of `from_torch`: {prefix + PyTorch name: array in PyTorch's layout}."""
-  return {prefix + torch_name(path): _to_torch(np.asarray(v)) for path, v in _flatten(variables).items()}
+  return {prefix + torch_name(path): _to_torch(path, np.asarray(v)) for path, v in _flatten(variables).items()}
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -105,12 +107,16 @@ def _flatten(variables):
   return traverse_util.flatten_dict(dict(variables))
 
 
-def _to_jax(x):
-  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T if x.ndim == 2 else x
+def _to_jax(path, x):
+  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T if _is_matrix(path, x) else x
 
 
-def _to_torch(x):
-  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T if x.ndim == 2 else x
+def _to_torch(path, x):
+  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T if _is_matrix(path, x) else x
+
+
+def _is_matrix(path, x):
+  return x.ndim == 2 and path[-1] != "mask_token"  # DINOv2's is [1, dim] everywhere
 
 
 def _list(what, names):

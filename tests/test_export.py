@@ -46,6 +46,17 @@ def test_fixed_positions_are_written_out_and_timm_is_told_where_the_mean_is_take
   assert (images["interpolation"], math.floor(16 / images["crop_pct"])) == ("bilinear", 20)
 
 
+def test_a_vit_with_parts_of_its_own_is_written_as_arrays_that_only_we_load(tmp_path):
+  model = vit.ViT(**SHAPE, registers=2, layer_scale=1e-5, ffn="swiglu", resize="antialiased")
+  with pytest.raises(UserError, match="timm's class for a plain ViT has no resize or registers or layer_scale or ffn"):
+    make(model, "timm")
+  variables, made = make(model, "safetensors")
+  export.write(made, tmp_path / "out")
+  again = eval(export.in_python(model), {"vit": vit})  # as the model card has it
+  loaded = load_weights(tmp_path / "out", again).variables
+  jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
 def test_positions_are_those_of_the_images_that_evaluation_sees():
   view = VIEW._replace(size=24, resize=24)
   variables, made = make(LEARNED, "hf", view)

@@ -131,7 +131,7 @@ def dino(
     del params, keys
     attention = encoder.apply({"params": state.teacher_params["encoder"]}, images, method="attention")
     rows, columns = (side // encoder.patch_size for side in images.shape[1:3])
-    maps = rearrange(attention[:, :, 0, 1:], "n heads (h w) -> heads n h w", h=rows, w=columns)
+    maps = rearrange(attention[:, :, 0, -rows * columns :], "n heads (h w) -> heads n h w", h=rows, w=columns)
     maps = jnp.repeat(jnp.repeat(maps, encoder.patch_size, axis=2), encoder.patch_size, axis=3)
     return DINOPictures(images, tuple(maps))
 

@@ -132,6 +132,8 @@ def from_config(settings: Any, context: Context) -> Method:
   if len(context.views) != 1:
     raise UserError(f"mae takes one view, got {len(context.views)}.")
   encoder = make_encoder(settings, context)
+  if encoder.registers:
+    raise UserError(f"mae takes an encoder without registers, got encoder.registers={encoder.registers}.")
   decoder = MAEDecoder(encoder.patch_size**2 * context.channels, **settings.decoder, dtype=context.dtype)
   return mae(encoder, decoder, mask_ratio=settings.mask_ratio, normalize_target=settings.normalize_target)
 

@@ -1,4 +1,8 @@
-"""Vision transformers (Dosovitskiy et al., 2021, arXiv:2010.11929), named as timm's, for DINO, MAE and MoCo v3."""
+"""Vision transformers (Dosovitskiy et al., 2021, arXiv:2010.11929), named as timm's, with what the papers here changed.
+
+DINOv2's (Oquab et al., 2023, arXiv:2304.07193; models/vision_transformer.py and layers/ of facebookresearch/dinov2) are
+`layer_scale`, `ffn="swiglu"`, `mask_token` and `registers` (Darcet et al., 2023, arXiv:2309.16588).
+"""
 
 import functools
 import math
@@ -53,14 +57,20 @@ class ViT(nn.Module):
     image_size: image side, in pixels, that learned positions are for; they are interpolated for other sizes. Fixed
       positions fit any size.
     positions: "learned", or fixed sines and cosines: "row_first" (MoCo v3) or "column_first" (MAE).
-    drop_path: rate in the last block, rising linearly from 0 in the first.
+    resize: how learned positions are interpolated: "offset" (DINO, DINOv2) or "antialiased" (DINOv2 with registers),
+      see `interpolate_positions`.
+    registers: how many tokens without a position stand between the class token and the patches.
+    mask_token: whether the encoder has one, which takes the place of masked patches before positions are added.
+    layer_scale: where the gains of each block's two branches start; None: there are none.
+    ffn: "mlp", or "swiglu": a gated unit with two thirds of the width, rounded up to a multiple of 8.
+    drop_path: rate in the last block, rising linearly from 0 in the first; in DINOv2 that of every block.
     init_std: standard deviation of the linear layers' normal initialisation. The papers' 0.02 is for their widths: in a
       network of 64 features a class token starts nearly the same for all images, and DINO takes long to separate them.
     kernel_init, qkv_init: of the linear layers, and of the fused query, key and value matrix [dim, 3 dim], in place of
       the normal one.
     patch_init: of the patch embedding [p, p, C, dim].
     patch_bias: whether its bias starts uniform in +-1 / sqrt(p p C), PyTorch's default (DINO, MAE), or at 0 (MoCo v3).
-    token_init: of the class token.
+    token_init: of the class token and registers.
     frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
     features: see above.
     recompute: rematerialise layer norms and GELUs in the backward pass, from inputs that are stored anyway. Their other
@@ -76,6 +86,11 @@ class ViT(nn.Module):
   mlp_ratio: float = 4
   image_size: int = 224
   positions: str = "learned"
+  resize: str = "offset"
+  registers: int = 0
+  mask_token: bool = False
+  layer_scale: float | None = None
+  ffn: str = "mlp"
   drop_path: float = 0.0
   init_std: float = 0.02
   kernel_init: nn.initializers.Initializer | None = None
@@ -91,17 +106,27 @@ class ViT(nn.Module):
   def setup(self):
     if self.positions not in ("learned", "row_first", "column_first"):
       raise UserError(f"encoder.positions must be learned, row_first or column_first, got {self.positions!r}.")
+    if self.resize not in ("offset", "antialiased"):
+      raise UserError(f"encoder.resize must be offset or antialiased, got {self.resize!r}.")
+    if self.ffn not in ("mlp", "swiglu"):
+      raise UserError(f"encoder.ffn must be mlp or swiglu, got {self.ffn!r}.")
     if self.features not in ("cls", "mean", "flat"):
       raise UserError(f"encoder.features must be cls, mean or flat, got {self.features!r}.")
     patch = (self.patch_size, self.patch_size)
     self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.patch_bias, self.dtype)
     self.cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim))
+    if self.registers:
+      self.register_tokens = self.param("register_tokens", self.token_init, (1, self.registers, self.dim))
+    if self.mask_token:  # its attribute is taken
+      self.mask = self.param("mask_token", nn.initializers.zeros, (1, self.dim))
     if self.positions == "learned":
       grid = self.image_size // self.patch_size
       self.pos_embed = self.param("pos_embed", normal_02, (1, grid * grid + 1, self.dim))
     normal = nn.initializers.normal(self.init_std)
     inits = self.kernel_init or normal, self.qkv_init or normal
-    block = functools.partial(Block, self.heads, self.mlp_ratio, *inits, self.dtype, self.recompute)
+    block = functools.partial(
+      Block, self.heads, self.mlp_ratio, *inits, self.dtype, self.recompute, self.layer_scale, self.ffn
+    )
     self.blocks = [block() for _ in range(self.depth)]
     self.norm = layer_norm(self.dtype, self.recompute)
 
@@ -114,50 +139,70 @@ class ViT(nn.Module):
     tokens = _wide(self.norm(self.outputs(images, uniforms=uniforms)[-1]))
     if self.features == "cls":
       return tokens[:, 0]
-    return jnp.mean(tokens[:, 1:], axis=1) if self.features == "mean" else rearrange(tokens[:, 1:], "b n d -> b (n d)")
+    patches = tokens[:, 1 + self.registers :]
+    return jnp.mean(patches, axis=1) if self.features == "mean" else rearrange(patches, "b n d -> b (n d)")
 
-  def tokens(self, images: jax.Array, *, keep: jax.Array | None = None) -> jax.Array:
-    """All tokens after the last norm, [b, 1 + n, dim], the class token first; `keep` int [b, n] picks patches."""
-    return self.norm(self.outputs(images, keep=keep)[-1])
+  def tokens(
+    self,
+    images: jax.Array,
+    *,
+    keep: jax.Array | None = None,
+    masked: jax.Array | None = None,
+    factors: jax.Array | None = None,
+  ) -> jax.Array:
+    """All tokens after the last norm, [b, 1 + registers + n, dim], the class token first and the patches last.
+
+    `keep` int [b, n] picks patches. `masked` bool [b, n] has the mask token in their place. `factors` [depth, 2, b]
+    multiply the two branches of each block.
+    """
+    return self.norm(self.outputs(images, keep=keep, masked=masked, factors=factors)[-1])
 
   def last_blocks(self, images: jax.Array, n: int) -> list[jax.Array]:
     """The tokens of the last n blocks, oldest first, each through the last norm."""
     return [self.norm(x) for x in self.outputs(images)[-n:]]
 
   def attention(self, images: jax.Array) -> jax.Array:
-    """The attention of the last block, float32 [b, heads, 1 + n, 1 + n], rows sum to 1."""
+    """The attention of the last block, float32 [b, heads, t, t] for t = 1 + registers + n tokens, rows sum to 1."""
     x = self.embed(images)
     for block in self.blocks[:-1]:
       x = block(x)
     return self.blocks[-1].attention(x)
 
-  def outputs(self, images, *, keep=None, uniforms=None):
+  def outputs(self, images, *, keep=None, masked=None, uniforms=None, factors=None):
     """The tokens after each block."""
-    x, out = self.embed(images, keep), []
+    x, out = self.embed(images, keep, masked), []
     for i, block in enumerate(self.blocks):
       rate = self.drop_path * i / max(self.depth - 1, 1)
-      x = block(x) if uniforms is None or rate == 0 else block(x, [drop_mask(u, rate) for u in uniforms[i]])
+      if factors is not None:
+        x = block(x, factors[i][:, :, None, None])
+      else:
+        x = block(x) if uniforms is None or rate == 0 else block(x, [drop_mask(u, rate) for u in uniforms[i]])
       out.append(x)
     return out
 
-  def embed(self, images, keep=None):
-    """Patches, positions, and the class token in front: [b, 1 + n, dim]."""
+  def embed(self, images, keep=None, masked=None):
+    """Patches with positions, behind the class token and the registers: [b, 1 + registers + n, dim]."""
     height, width = (side // self.patch_size for side in images.shape[1:3])
     if (height * self.patch_size, width * self.patch_size) != images.shape[1:3] or height * width == 0:
       raise UserError(f"images of {images.shape[1]}x{images.shape[2]} do not cut into patches of {self.patch_size}.")
     x = self.patch_embed(images)
     if self.frozen_patch_embed:
       x = jax.lax.stop_gradient(x)
+    if masked is not None:
+      x = jnp.where(masked[..., None], self.mask.astype(self.dtype)[None], x)
     if self.positions == "learned":
-      positions = interpolate_positions(self.pos_embed, height, width)
+      positions = interpolate_positions(self.pos_embed, height, width, antialias=self.resize == "antialiased")
     else:
       positions = jnp.asarray(sincos_positions(height, width, self.dim, self.positions == "row_first"))
     positions = positions.astype(self.dtype)
     x = x + positions[:, 1:]
     if keep is not None:
       x = jnp.take_along_axis(x, keep[..., None], axis=1)
-    cls = jnp.broadcast_to(self.cls_token.astype(self.dtype) + positions[:, :1], (x.shape[0], 1, self.dim))
-    return jnp.concatenate([cls, x], axis=1)
+    first = [self.cls_token.astype(self.dtype) + positions[:, :1]]
+    if self.registers:
+      first.append(self.register_tokens.astype(self.dtype))
+    first = [jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:])) for tokens in first]
+    return jnp.concatenate([*first, x], axis=1)
 
 
 class PatchEmbed(nn.Module):
@@ -179,7 +224,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm attention and MLP, each around a shortcut."""
+  """Pre-norm attention and MLP, each around a shortcut; `layer_scale` and `ffn` as in `ViT`."""
 
   heads: int
   mlp_ratio: float
@@ -187,16 +232,25 @@ class Block(nn.Module):
   qkv_init: nn.initializers.Initializer
   dtype: Any
   recompute: bool = True
+  layer_scale: float | None = None
+  ffn: str = "mlp"
 
   def setup(self):
     self.norm1 = layer_norm(self.dtype, self.recompute)
     self.attn = Attention(self.heads, self.kernel_init, self.qkv_init, self.dtype)
     self.norm2 = layer_norm(self.dtype, self.recompute)
-    self.mlp = MLP(self.mlp_ratio, self.kernel_init, self.dtype, self.recompute)
+    ffn = MLP if self.ffn == "mlp" else SwiGLU
+    self.mlp = ffn(self.mlp_ratio, self.kernel_init, self.dtype, self.recompute)
+    if self.layer_scale is not None:
+      self.ls1, self.ls2 = LayerScale(self.layer_scale), LayerScale(self.layer_scale)
 
   def __call__(self, x, masks=(1.0, 1.0)):
-    x = x + (masks[0] * self.attn(self.norm1(x))).astype(x.dtype)  # float32 masks would promote the tokens
-    return x + (masks[1] * self.mlp(self.norm2(x))).astype(x.dtype)
+    attended = self.attn(self.norm1(x))
+    attended = attended if self.layer_scale is None else self.ls1(attended)
+    x = x + (masks[0] * attended).astype(x.dtype)  # float32 masks would promote the tokens
+    mapped = self.mlp(self.norm2(x))
+    mapped = mapped if self.layer_scale is None else self.ls2(mapped)
+    return x + (masks[1] * mapped).astype(x.dtype)
 
   def attention(self, x):
     return self.attn.weights(self.norm1(x))
@@ -284,6 +338,35 @@ class MLP(nn.Module):
     return dense(dim, name="fc2")(activation(dense(int(dim * self.ratio), name="fc1")(x)))
 
 
+class SwiGLU(nn.Module):
+  """Two linear layers, the first through SiLU and times the second, and a linear layer."""
+
+  ratio: float
+  kernel_init: nn.initializers.Initializer
+  dtype: Any
+  recompute: bool
+
+  @nn.compact
+  def __call__(self, x):
+    dim = x.shape[-1]
+    dense = functools.partial(Dense, kernel_init=self.kernel_init, dtype=self.dtype)
+    gate = lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]  # noqa: E731
+    hidden = -(-int(int(dim * self.ratio) * 2 / 3) // 8) * 8
+    gated = (jax.checkpoint(gate) if self.recompute else gate)(dense(2 * hidden, name="w12")(x))
+    return dense(dim, name="w3")(gated)
+
+
+class LayerScale(nn.Module):
+  """A gain for each feature (Touvron et al., 2021, arXiv:2103.17239)."""
+
+  start: float
+
+  @nn.compact
+  def __call__(self, x):
+    gamma = self.param("gamma", nn.initializers.constant(self.start), (x.shape[-1],))
+    return x * gamma.astype(x.dtype)[None, None]
+
+
 def drop_mask(uniforms: jax.Array, rate: float) -> jax.Array:
   """Stochastic depth for one branch: 0 for a share `rate` of the examples, 1 / (1 - rate) for the rest, [b, 1, 1]."""
   return (jnp.floor(uniforms + 1 - rate) / (1 - rate))[:, None, None]
@@ -305,17 +388,20 @@ def sincos_positions(height: int, width: int, dim: int, row_first: bool) -> np.n
   return np.concatenate([np.zeros((1, dim)), table])[None].astype(np.float32)
 
 
-def interpolate_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
+def interpolate_positions(positions: jax.Array, height: int, width: int, *, antialias: bool = False) -> jax.Array:
   """Learned positions [1, 1 + g g, d] for a grid of height x width patches, as `interpolate_pos_encoding` of DINO.
 
   Bicubic with a = -0.75 and no antialias, edges repeated. The official code adds 0.1 to the target sides before it
   computes the scale, and PyTorch samples with that scale. So does this, since released weights are used that way.
+  `antialias` is for DINOv2's models with registers: a = -0.5, widened where the grid shrinks, cut off at the edges, and
+  the exact scale.
   """
   grid = math.isqrt(positions.shape[1] - 1)
   if (height, width) == (grid, grid):
     return positions
   patches = rearrange(positions[0, 1:], "(h w) d -> h w d", h=grid)
-  rows, columns = (jnp.asarray(_cubic_weights(n, grid)) for n in (height, width))
+  weights = _antialiased_weights if antialias else _cubic_weights
+  rows, columns = (jnp.asarray(weights(n, grid)) for n in (height, width))
   patches = jnp.einsum("yh,xw,hwd->yxd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
   return jnp.concatenate([positions[:, :1], rearrange(patches, "y x d -> 1 (y x) d")], axis=1)
 
@@ -325,11 +411,23 @@ def _cubic_weights(size, grid):
   first = np.floor(source).astype(int)
   weights = np.zeros((size, grid))
   for tap in range(-1, 3):
-    x, a = np.abs(source - (first + tap)), -0.75
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((x - 5) * x + 8) * x * a - 4 * a
-    np.add.at(weights, (np.arange(size), np.clip(first + tap, 0, grid - 1)), np.where(x <= 1, near, far))
+    at = np.clip(first + tap, 0, grid - 1)
+    np.add.at(weights, (np.arange(size), at), _cubic(source - (first + tap), -0.75))
   return weights.astype(np.float32)
+
+
+def _antialiased_weights(size, grid):
+  distance = np.arange(grid) + 0.5 - (np.arange(size)[:, None] + 0.5) * grid / size
+  weights = _cubic(distance / max(grid / size, 1), -0.5)
+  return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(x, a):
+  """Keys' cubic convolution kernel, 0 from a distance of 2 on."""
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = ((x - 5) * x + 8) * x * a - 4 * a
+  return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
 def _wide(x):

@@ -46,6 +46,7 @@ _TIMM_VITS = {  # (dim, depth, heads, patch size); any other shape is one of the
 
 # Tokens and maps of the libraries as the features "flat", which keep positions apart.
 _FLAT: dict[type, str] = {ViT: "[:, 1:].flatten(1)", ResNet: ".permute(0, 2, 3, 1).flatten(1)"}
+_PARTS = ("resize", "registers", "layer_scale", "ffn")  # of a ViT, that the libraries' plain classes do not have
 
 
 class Exported(NamedTuple):
@@ -70,9 +71,13 @@ class Exported(NamedTuple):
 
 def why_not(encoder: nn.Module, target: str, channels: int) -> str:
   """Why a library has no class for this encoder; empty: it has one."""
-  if target == "safetensors" or (isinstance(encoder, ViT) and target != "torchvision"):
+  if target == "safetensors":
     return ""
   if isinstance(encoder, ViT):
+    if parts := [name for name in _PARTS if getattr(encoder, name) != getattr(ViT, name)]:
+      return f"{target}'s class for a plain ViT has no {' or '.join(parts)}"
+    if target != "torchvision":
+      return ""
     if encoder.features != "cls":
       return f"torchvision's VisionTransformer gives the class token, and the features are {encoder.features!r}"
   elif not isinstance(encoder, ResNet):
@@ -316,6 +321,8 @@ def shape_of(encoder: nn.Module) -> dict[str, Any]:
   names = ["patch_size", "dim", "depth", "heads", "mlp_ratio", "image_size", "positions", "features"]
   if isinstance(encoder, ResNet):
     names = ["stages", "bottleneck", "width", "stem", "features", "project_first"]
+  else:
+    names += [name for name in _PARTS if getattr(encoder, name) != getattr(ViT, name)]
   return {name: getattr(encoder, name) for name in names}
 
 

@@ -172,7 +172,9 @@ def whole_state(encoder: Any, variables: Mapping[str, Any], image_size: int | No
   if isinstance(encoder, ViT):
     grid = (image_size or encoder.image_size) // encoder.patch_size
     if encoder.positions == "learned":
-      state["pos_embed"] = np.asarray(interpolate_positions(jnp.asarray(state["pos_embed"]), grid, grid))
+      antialias = encoder.resize == "antialiased"
+      positions = interpolate_positions(jnp.asarray(state["pos_embed"]), grid, grid, antialias=antialias)
+      state["pos_embed"] = np.asarray(positions)
     else:
       state["pos_embed"] = sincos_positions(grid, grid, encoder.dim, encoder.positions == "row_first")
   return {name: np.ascontiguousarray(value, np.float32) for name, value in state.items()}

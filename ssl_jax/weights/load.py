@@ -250,7 +250,8 @@ def _fit_positions(state, model, resize, report):
       "resize_positions=True to do it once, now."
     )
   elif there != wanted:
-    resized = interpolate_positions(jnp.asarray(positions, jnp.float32), wanted, wanted)
+    antialias = model.resize == "antialiased"
+    resized = interpolate_positions(jnp.asarray(positions, jnp.float32), wanted, wanted, antialias=antialias)
     state["pos_embed"] = np.asarray(resized)
     report.append(f"positions: interpolated from {there}x{there} to {wanted}x{wanted} patches")
 
