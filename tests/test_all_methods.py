@@ -27,7 +27,7 @@ def slow(*names):
 
 
 WITHOUT_A_SECOND_NETWORK = ["vicreg_imagenet", "barlow_twins_imagenet", "simsiam_imagenet", "lejepa_imagenette"]
-SLOW = slow("byol_quickstart", "moco_imagenet:v3", *WITHOUT_A_SECOND_NETWORK)
+SLOW = slow("byol_quickstart", "moco_imagenet:v3", "dinov2_quickstart", *WITHOUT_A_SECOND_NETWORK)
 
 
 def small(name):

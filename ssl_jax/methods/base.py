@@ -250,7 +250,7 @@ def in_chunks(
 
   Args:
     encode: views [v, m, h, w, c] -> (outputs, averages): pytrees of [v, m, ...] and of values to average.
-    views: float [v, b, h, w, c] of this device, or a tuple of such arrays, one per resolution.
+    views: float [v, b, h, w, c] of this device, or a pytree of [v, b, ...], such as one array per resolution.
     microbatch: a multiple of the number of devices; None: all at once.
     axis_name: mapped axis over which the batch is split.
 
@@ -260,7 +260,7 @@ def in_chunks(
   if microbatch is None:
     return encode(views)
   m = microbatch // (lax.axis_size(axis_name) if axis_name else 1)
-  chunks = jax.tree.map(lambda x: rearrange(x, "v (n m) h w c -> n v m h w c", m=m), views)
+  chunks = jax.tree.map(lambda x: rearrange(x, "v (n m) ... -> n v m ...", m=m), views)
   outputs, averages = lax.map(jax.checkpoint(encode), chunks)
   outputs = jax.tree.map(lambda x: rearrange(x, "n v m ... -> v (n m) ..."), outputs)
   return outputs, jax.tree.map(lambda x: jnp.mean(x, axis=0), averages)
