@@ -85,7 +85,7 @@ def test_half_of_the_crops_have_a_mask_each_with_a_target_from_an_interval_of_it
 
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_the_masks_do_not_depend_on_the_number_of_devices(devices):
+def test_the_masks_do_not_depend_on_the_number_of_devices(devices, exact):
   keys = augment.example_keys(0, jnp.int32(3), jnp.arange(8))
   whole = jax.jit(lambda: masks.draw_masks(keys, (6, 6), **SETTINGS))()
   over = functools.partial(masks.draw_masks, grid=(6, 6), axis_name="batch", **SETTINGS)
