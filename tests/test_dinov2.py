@@ -393,6 +393,25 @@ def test_evaluation_takes_the_teachers_encoder_without_the_mask_token():
   assert all(variables[name] is x for name, x in state.teacher_params["encoder"].items() if name != "mask_token")
 
 
+def test_pictures_colour_the_teachers_patches_by_their_principal_components():
+  constant = optax.constant_schedule(0.07)
+  settings = dict(teacher_temperature=constant, teacher_momentum=constant_momentum(0.9))
+  method = dinov2.dinov2(Pixels(), heads.DINOHead(1, 8, 4, 6), **settings)
+  x = np.random.default_rng(0).normal(size=(3, 4, 6, 3)).astype(np.float32)  # not square
+  state = dinov2.DINOv2State({"encoder": {"mask_token": jnp.zeros((1, 12))}}, {})
+  original, colors = jax.jit(method.pictures)({}, state, x, None)
+  np.testing.assert_array_equal(original, x)
+  assert colors.shape == x.shape and colors.dtype == jnp.uint8
+  patches = rearrange(x, "b (h p) (w q) c -> (b h w) (p q c)", p=2, q=2)
+  left, values, _ = np.linalg.svd(patches - patches.mean(0), full_matrices=False)
+  shown = rearrange(np.asarray(colors, float), "b (h p) (w q) c -> (b h w) (p q) c", p=2, q=2)
+  assert np.all(shown == shown[:, :1])
+  for i in range(3):
+    scores, got = left[:, i] * values[i], shown[:, 0, i]
+    assert got.min() == 0 and got.max() == 255
+    assert abs(np.corrcoef(scores, got)[0, 1]) > 0.9999
+
+
 @pytest.mark.parametrize("sizes", [(16,), (16, 8), (16, 16, 16), (16, 16, 8, 4)])
 def test_views_that_are_not_two_global_and_local_ones_are_refused(sizes):
   config = recipe(by_name("dinov2_quickstart"))

@@ -85,8 +85,8 @@ class Pictures(Protocol):
   def __call__(self, params: Any, state: Any, images: jax.Array, keys: jax.Array) -> Any:
     """Visualises what the method does to `images`, float [n, h, w, c] as the encoder takes them; one key per image.
 
-    Returns a NamedTuple whose fields are drawn side by side under their names: [n, h, w, c] like the images, or a tuple
-    of maps [n, h, w] of any scale, each drawn as a heat map over the first field.
+    Returns a NamedTuple whose fields are drawn side by side under their names: [n, h, w, c] like the images; colours,
+    uint8 [n, h, w, 3]; or a tuple of maps [n, h, w] of any scale, each drawn as a heat map over the first field.
     """
     ...
 

@@ -9,7 +9,7 @@ the last of the three terms.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,13 @@ class DINOv2State:
 
   teacher_params: Any
   centers: dict[str, jax.Array]
+
+
+class DINOv2Pictures(NamedTuple):
+  """What `Method.pictures` shows: the teacher's patches, coloured by their first three principal components."""
+
+  original: jax.Array
+  patches: jax.Array
 
 
 def dinov2(
@@ -181,7 +188,17 @@ def dinov2(
     del params  # The paper evaluates the teacher.
     return {"params": {name: x for name, x in state.teacher_params["encoder"].items() if name != "mask_token"}}
 
-  return Method(init, loss, update, encoder_variables, separable=False)
+  def pictures(params, state, images, keys):
+    del params, keys
+    tokens = encoder.apply({"params": state.teacher_params["encoder"]}, images, method="tokens")
+    rows, columns = (side // encoder.patch_size for side in images.shape[1:3])
+    scores = principal_components(_wide(tokens[:, -rows * columns :]), 3)
+    low, high = (f(scores, axis=(0, 1), keepdims=True) for f in (jnp.min, jnp.max))
+    colors = jnp.round(255 * (scores - low) / jnp.maximum(high - low, 1e-12)).astype(jnp.uint8)
+    colors = rearrange(colors, "n (h w) c -> n h w c", h=rows)
+    return DINOv2Pictures(images, jnp.repeat(jnp.repeat(colors, encoder.patch_size, 1), encoder.patch_size, 2))
+
+  return Method(init, loss, update, encoder_variables, separable=False, pictures=pictures)
 
 
 def kept_paths(keys: jax.Array, encoder: ViT, views: Sequence[int], axis_name: str | None) -> list[jax.Array | None]:
@@ -207,6 +224,16 @@ def kept_paths(keys: jax.Array, encoder: ViT, views: Sequence[int], axis_name: s
     factors.append(jnp.where(rank < kept, n / kept, 0.0))
     first += v
   return factors
+
+
+def principal_components(x: jax.Array, count: int) -> jax.Array:
+  """The scores [n, p, count] of all rows of [n, p, d] along their axes of largest variance, of a fixed sign."""
+  centred = x - jnp.mean(x, axis=(0, 1), keepdims=True)
+  with jax.default_matmul_precision("highest"):
+    _, axes = jnp.linalg.eigh(jnp.einsum("npd,npe->de", centred, centred))
+    axes = axes[:, ::-1][:, :count]  # eigenvalues rise
+    largest = jnp.argmax(jnp.abs(axes), axis=0, keepdims=True)
+    return centred @ (axes * jnp.sign(jnp.take_along_axis(axes, largest, axis=0)))
 
 
 def _mean_of_masked(logits, weights, axis_name):
