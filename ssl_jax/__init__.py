@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.base import cosine_momentum as cosine_momentum
   from ssl_jax.methods.byol import byol as byol
   from ssl_jax.methods.dino import dino as dino
+  from ssl_jax.methods.dinov2 import dinov2 as dinov2
   from ssl_jax.methods.lejepa import lejepa as lejepa
   from ssl_jax.methods.mae import mae as mae
   from ssl_jax.methods.moco import moco as moco
@@ -63,6 +64,7 @@ _HOMES = {  # the module of each name
   "dino": "methods.dino",
   "dino_center": "losses",
   "dino_loss": "losses",
+  "dinov2": "methods.dinov2",
   "distillation_loss": "losses",
   "ibot_loss": "losses",
   "info_nce": "losses",

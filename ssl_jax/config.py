@@ -139,7 +139,7 @@ def eval_view(config: Any) -> augment.EvaluationView:
 
 def parameter_rules(config: Any) -> ParameterRules:
   """Which parameters the recipe's optimizer treats differently."""
-  patterns = {key: tuple(config.get(key, ())) for key in ("no_decay", "frozen", "late")}
+  patterns = {key: tuple(config.get(key, ())) for key in ("no_decay", "frozen", "late", "held")}
   return ParameterRules(**patterns, late_epochs=config.get("late_epochs", 0))
 
 

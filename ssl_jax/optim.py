@@ -21,12 +21,14 @@ class ParameterRules(NamedTuple):
     frozen: never trained.
     late: not trained in the first `late_epochs` epochs. While they are not trained, late and frozen parameters have no
       weight decay and no moments, like a PyTorch parameter without a gradient.
-    late_epochs: see `late`.
+    held: not moved in the first `late_epochs` epochs either, but their moments run: their learning rate is 0 (DINOv2).
+    late_epochs: see `late` and `held`.
   """
 
   no_decay: tuple[str, ...] = ()
   frozen: tuple[str, ...] = ()
   late: tuple[str, ...] = ()
+  held: tuple[str, ...] = ()
   late_epochs: int = 0
 
 
@@ -106,7 +108,7 @@ def matches(path: Sequence[Any], patterns: Sequence[str]) -> bool:
 def check_rules(rules: ParameterRules, params: Any) -> None:
   """Raises UserError if an expression of the recipe matches no parameter, which must be a mistake."""
   names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  for key in ("no_decay", "frozen", "late"):
+  for key in ("no_decay", "frozen", "late", "held"):
     for pattern in getattr(rules, key):
       if not any(re.fullmatch(pattern, name) for name in names):
         raise UserError(f"{key}: {pattern!r} matches no parameter; they are called {names[0]!r}, {names[-1]!r}.")
@@ -155,6 +157,19 @@ def sgd(
 def clip_by_param_norm(max_norm: float) -> optax.GradientTransformation:
   """Scales each gradient leaf to an L2 norm of at most `max_norm` (`clip_gradients` in the official DINO code)."""
   return optax.stateless_with_tree_map(lambda g, _: g * jnp.minimum(1.0, max_norm / (jnp.linalg.norm(g) + 1e-6)))
+
+
+def clip_by_part_norm(max_norm: float) -> optax.GradientTransformation:
+  """Scales the gradients of each part, encoder and heads, to a common L2 norm of at most `max_norm` (DINOv2).
+
+  The parts are the entries of the parameter tree; the formula is that of PyTorch's `clip_grad_norm_`.
+  """
+
+  def clip(part):
+    factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(part) + 1e-6))
+    return jax.tree.map(lambda g: factor * g, part)
+
+  return optax.stateless(lambda updates, _: {name: clip(part) for name, part in updates.items()})
 
 
 _BLOCK = re.compile(r"encoder/blocks_(\d+)/")
@@ -221,6 +236,7 @@ _OF_ALL = dict(
   weight_decay=number(),
   weight_decay_end=optional(number()),
   clip=optional(positive()),
+  clip_part=optional(positive()),
   layer_decay=number(0, 1, ends="(]"),
   rates=factors(),
 )
@@ -240,7 +256,7 @@ LR_SETTINGS = dict(  # of the section `lr`, see `make_schedule`
   by_epoch=flag(),
   milestones=optional(each(whole())),
 )
-RULE_SETTINGS = dict(no_decay=patterns(), frozen=patterns(), late=patterns(), late_epochs=whole(0))
+RULE_SETTINGS = dict(no_decay=patterns(), frozen=patterns(), late=patterns(), held=patterns(), late_epochs=whole(0))
 
 
 def make(
@@ -250,7 +266,8 @@ def make(
 
   Args:
     optimizer: its name and arguments; `weight_decay_end` makes the decay a cosine over the run, `clip` clips each
-      parameter's gradient, `layer_decay` and `rates` multiply parameters' learning rates (`rate_factors`).
+      parameter's gradient and `clip_part` each part's, `layer_decay` and `rates` multiply parameters' learning rates
+      (`rate_factors`).
     rules: which parameters it treats differently.
     learning_rate: schedule.
     steps, steps_per_epoch: of the run.
@@ -262,9 +279,11 @@ def make(
   arguments = dict(optimizer)
   name, clip, decay_end = arguments.pop("name"), arguments.pop("clip", None), arguments.pop("weight_decay_end", None)
   layer_decay, rates = arguments.pop("layer_decay", 1.0), arguments.pop("rates", ())
+  clip_part = arguments.pop("clip_part", None)
   if name not in OPTIMIZERS:
     raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
   weight_decay = arguments.setdefault("weight_decay", 0.0)  # optax.adamw has another default
+  first = rules.late_epochs * steps_per_epoch
 
   def build(shift):
     """The optimizer of parameters that are trained from step `shift` on, where its own step count is 0."""
@@ -276,7 +295,6 @@ def make(
 
   built = build(0)
   if rules.frozen or rules.late:
-    first = rules.late_epochs * steps_per_epoch
     parts = {
       "trained": built,
       "frozen": optax.set_to_zero(),
@@ -289,4 +307,10 @@ def make(
     built = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(label, params))
   if layer_decay != 1 or rates:
     built = optax.chain(built, scale_by_rates(layer_decay, rates))
+  if rules.held:
+    moving = optax.scale_by_schedule(lambda step: jnp.where(step >= first, 1.0, 0.0))
+    held = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: matches(path, rules.held))
+    built = optax.chain(built, optax.masked(moving, held))
+  if clip_part is not None:
+    built = optax.chain(clip_by_part_norm(clip_part), built)
   return built if clip is None else optax.chain(clip_by_param_norm(clip), built)

@@ -314,6 +314,7 @@ VARIANTS = [
   *((path, ()) for path in RECIPES),
   *((by_name("moco_imagenet"), (version,)) for version in ("v1", "v3", "v3_vit")),
   *((by_name("dino_imagenet"), (version,)) for version in ("boost", "vit_base")),
+  *((by_name("dinov2_imagenet"), (version,)) for version in ("small", "ibot")),
   (by_name("dino_quickstart"), ("vit",)),
   (by_name("simclr_imagenet"), ("v2",)),
 ]
@@ -336,7 +337,8 @@ def test_a_published_figure_stands_only_beside_its_own_settings():
   texts = {path.stem: path.read_text() for path in RECIPES}
   others = [name for name, text in texts.items() if re.search(r"not this recipe's|no published figure", text)]
   assert others == [
-    *("byol_cifar10", "dino_cifar10", "lejepa_imagenette", "mae_cifar10", "moco_imagenet", "simsiam_imagenet")
+    *("byol_cifar10", "dino_cifar10", "dinov2_imagenet", "lejepa_imagenette", "mae_cifar10", "moco_imagenet"),
+    "simsiam_imagenet",
   ]
   readme = (RECIPES[0].parents[1] / "README.md").read_text()
   for figure in ("76.1", "84.0 %", "92.6 %", "92.58", "89.8 %", "60.8"):
@@ -362,21 +364,24 @@ def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
     assert config.method.name in ("moco", "simsiam", "lejepa")  # whose official code decays everything
     assert all(marks.values())
   else:
-    kernels = {name for name in marks if name.split("/")[-1] not in ("bias", "scale")}
+    kernels = {name for name in marks if name.split("/")[-1] not in ("bias", "scale", "gamma")}
     assert {name for name, mark in marks.items() if mark} == kernels
     assert {name.split("/")[-1] for name in kernels} <= {
-      "kernel", "cls_token", "pos_embed", "mask_token", "weight_v", "weight_g"
+      "kernel", "cls_token", "pos_embed", "mask_token", "register_tokens", "weight_v", "weight_g"
     }  # fmt: skip
   ruled = {
     key: {name for name in marks if any(optim.re.fullmatch(p, name) for p in config.get(key, ()))}
-    for key in ("frozen", "late")
+    for key in ("frozen", "late", "held")
   }
-  want = {"frozen": set(), "late": set()}
+  want = {"frozen": set(), "late": set(), "held": set()}
   if config.method.name == "dino":
     last = {"head/last_layer/weight_g", "head/last_layer/weight_v"}
     want["frozen"] = set() if config.method.head.get("train_gain") else {"head/last_layer/weight_g"}
     want["late"] = last if not want["frozen"] else {"head/last_layer/weight_v"}
     assert ruled["late"] >= want["late"] - want["frozen"] and config.late_epochs == 1
+  if config.method.name == "dinov2":
+    last = {"head/last_layer/weight_g", "head/last_layer/weight_v"}
+    want |= {"late" if arguments == ("ibot",) else "held": last}
   if arguments == ("v3_vit",):
     want["frozen"] = {"encoder/patch_embed/proj/kernel", "encoder/patch_embed/proj/bias"}
   assert ruled == want

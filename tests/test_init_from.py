@@ -21,6 +21,7 @@ from ssl_jax.weights import layouts
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENCODERS = {  # where each method keeps one: parameters, batch statistics
+  "dinov2_quickstart": [("params.encoder", None), ("state.teacher_params.encoder", None)],
   "dino_quickstart:vit": [("params.encoder", None), ("state.teacher_params.encoder", None)],
   "dino_quickstart": [
     ("params.encoder", "state.batch_stats"),
@@ -71,11 +72,13 @@ def test_every_encoder_of_a_method_starts_with_the_weights_and_nothing_else_chan
   run.config.init_from = str(tmp_path / "x.safetensors")
   after, told = build.start(run)
   for params, stats in ENCODERS[name]:
-    assert same(at(after, params), variables["params"]), params
+    assert same({part: at(after, params)[part] for part in variables["params"]}, variables["params"]), params
     assert stats is None or same(at(after, stats), variables["batch_stats"]), stats
   changed = sum(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
   assert changed == len(ENCODERS[name]) * len(jax.tree.leaves(variables))
-  assert any("initialised at random, as without weights: " in line for line in told)
+  (left,) = (line for line in told if "initialised at random, as without weights: " in line)
+  for network in ("params", "state.teacher_params"):  # DINOv2's encoders alone have a part that no file has
+    assert (f"{network}.encoder.mask_token" in left) == (name == "dinov2_quickstart"), left
 
 
 def test_without_weights_a_run_starts_as_it_did():

@@ -290,6 +290,34 @@ def test_frozen_and_late_parameters_stay_so_with_a_rate(x64):
   np.testing.assert_array_equal(patches, params["encoder"]["patch_embed"]["proj"]["kernel"])
 
 
+def test_held_parameters_stay_while_their_moments_run(x64):
+  params, gradients = draw_network()
+  rules = optim.ParameterRules(held=("head/.*",), late_epochs=2)  # epochs of two steps
+  got = run(optim.make(dict(name="adamw", weight_decay=0.3), rules, schedule, STEPS, 2), params, gradients)
+  late = lambda step: jnp.where(step < 4, 0.0, schedule(step))  # noqa: E731
+  free, later = (
+    run(optim.make(dict(name="adamw", weight_decay=0.3), optim.ParameterRules(), rate, STEPS, 2), params, gradients)
+    for rate in (schedule, late)
+  )
+  for step, (tree, freely, lately) in enumerate(zip(got, free, later, strict=True)):
+    np.testing.assert_allclose(
+      tree["head"]["last_layer"]["weight_v"], lately["head"]["last_layer"]["weight_v"], rtol=1e-12
+    )
+    jax.tree.map(np.testing.assert_array_equal, tree["encoder"], freely["encoder"])
+    assert np.all(tree["head"]["last_layer"]["weight_v"] == params["head"]["last_layer"]["weight_v"]) == (step < 4)
+
+
+def test_the_gradients_of_a_part_are_clipped_together():
+  gradients = {"encoder": {"a": jnp.full(4, 3.0), "b": jnp.full(4, 4.0)}, "head": {"c": jnp.array([0.6, 0.8])}}
+  clipped, _ = optim.clip_by_part_norm(2.0).update(gradients, optax.EmptyState())
+  np.testing.assert_allclose(clipped["encoder"]["a"], 0.6 * np.ones(4), rtol=1e-6)  # their norm is 10
+  np.testing.assert_allclose(clipped["encoder"]["b"], 0.8 * np.ones(4), rtol=1e-6)
+  np.testing.assert_array_equal(clipped["head"]["c"], gradients["head"]["c"])
+  clipping = optim.make(dict(name="sgd", momentum=0.0, clip_part=2.0), optim.ParameterRules(), lambda step: 1.0, 1, 1)
+  updates, _ = clipping.update(gradients, clipping.init(gradients), gradients)
+  jax.tree.map(lambda x, g: np.testing.assert_array_equal(x, -g), updates, clipped)
+
+
 @pytest.mark.parametrize(
   "settings, told",
   [

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from ssl_jax import augment, data, random_streams
+from ssl_jax import masks as block_masks
 from ssl_jax.data import crop
 from ssl_jax.methods import dino, mae, moco
 from ssl_jax.methods.base import constant_momentum
@@ -81,8 +82,26 @@ def places():
   return {"shuffle": np.asarray(moco.shuffle(KEYS, jnp.arange(N), None)[1]) / N}
 
 
+def blocks():
+  """What DINOv2's masks are drawn from: which crops have one, and each one's first block."""
+
+  @jax.jit
+  def draws():
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+      real = block_masks.global_rank
+      patch.setattr(block_masks, "global_rank", lambda u, axis_name: seen.append(u) or real(u, axis_name))
+      patch.setattr(block_masks, "block_mask", lambda key, *_: jax.random.uniform(key, (2, 2)))
+      first = block_masks.draw_masks(KEYS, (2, 2), share=0.5, ratios=(0.1, 0.5))
+    return *seen, first
+
+  rank, first = draws()
+  names = {f"mask of crop {c}": rank[c] for c in range(2)}
+  return names | {f"block of crop {c}, {j}": first[c, :, j] for c in range(2) for j in range(4)}
+
+
 def test_no_two_purposes_share_a_draw(monkeypatch):
-  draws = view_draws() | masks(monkeypatch) | dropped_paths() | places()
+  draws = view_draws() | masks(monkeypatch) | dropped_paths() | places() | blocks()
   correlation = np.corrcoef(np.stack(list(draws.values())))
   np.fill_diagonal(correlation, 0)
   names = list(draws)
@@ -93,7 +112,7 @@ def test_no_two_purposes_share_a_draw(monkeypatch):
 
 def test_streams_have_numbers_of_their_own_which_no_view_reaches():
   numbers = [random_streams.MASK, random_streams.SHUFFLE, random_streams.DROP_PATH]
-  numbers += [random_streams.QUEUE, random_streams.SLICES]
+  numbers += [random_streams.QUEUE, random_streams.SLICES, random_streams.BLOCKS]
   assert len(set(numbers)) == len(numbers) and min(numbers) >= 2**16
 
 

@@ -32,13 +32,18 @@ from ssl_jax.weights import export
 _IMAGES = 8  # that are compared
 # Which of a method's encoders its evaluation takes, and so an export.
 _ROLES = {
+  "barlow_twins": "the encoder, without the projector",
   "byol": "the online encoder, not the target",
   "dino": "the teacher, the student's moving average",
+  "dinov2": "the teacher, the student's moving average",
+  "lejepa": "the encoder, without the linear layer to the embedding and the projector",
   "mae": "the encoder, without the decoder",
   "moco_v1": "the query encoder, not the momentum encoder",
   "moco_v2": "the query encoder, not the momentum encoder",
   "moco_v3": "the base encoder, not the momentum encoder",
   "simclr": "the encoder, without the projector",
+  "simsiam": "the encoder, without projector and predictor",
+  "vicreg": "the encoder, without the projector",
 }
 
 

@@ -78,6 +78,7 @@ def make_painter(method: Method, view: EvaluationView, mesh: Mesh) -> Callable:
     assert method.pictures is not None
     keys = augment.example_keys(0, jnp.int32(0), jnp.arange(len(images)))
     drawn = method.pictures(params, state, augment.evaluation_view(images, view), keys)
-    return jax.tree.map(lambda x: jnp.clip(x * std + mean, 0, 1) if x.ndim == 4 else x, drawn)
+    shown = lambda x: x / 255 if x.dtype == jnp.uint8 else jnp.clip(x * std + mean, 0, 1)  # noqa: E731
+    return jax.tree.map(lambda x: shown(x) if x.ndim == 4 else x, drawn)
 
   return jax.jit(paint, out_shardings=parallel.replicated(mesh))

@@ -86,8 +86,8 @@ class Pictures(Protocol):
   def __call__(self, params: Any, state: Any, images: jax.Array, keys: jax.Array) -> Any:
     """Visualises what the method does to `images`, float [n, h, w, c] as the encoder takes them; one key per image.
 
-    Returns a NamedTuple whose fields are drawn side by side under their names: [n, h, w, c] like the images, or a tuple
-    of maps [n, h, w] of any scale, each drawn as a heat map over the first field.
+    Returns a NamedTuple whose fields are drawn side by side under their names: [n, h, w, c] like the images; colours,
+    uint8 [n, h, w, 3]; or a tuple of maps [n, h, w] of any scale, each drawn as a heat map over the first field.
     """
     ...
 
@@ -285,7 +285,7 @@ def in_chunks(
 
   Args:
     encode: views [v, m, h, w, c] -> (outputs, averages): pytrees of [v, m, ...] and of values to average.
-    views: float [v, b, h, w, c] of this device, or a tuple of such arrays, one per resolution.
+    views: float [v, b, h, w, c] of this device, or a pytree of [v, b, ...], such as one array per resolution.
     microbatch: a multiple of the number of devices; None: all at once.
     axis_name: mapped axis over which the batch is split.
 
@@ -295,7 +295,7 @@ def in_chunks(
   if microbatch is None:
     return encode(views)
   m = microbatch // (lax.axis_size(axis_name) if axis_name else 1)
-  chunks = jax.tree.map(lambda x: rearrange(x, "v (n m) h w c -> n v m h w c", m=m), views)
+  chunks = jax.tree.map(lambda x: rearrange(x, "v (n m) ... -> n v m ...", m=m), views)
   outputs, averages = lax.map(jax.checkpoint(encode), chunks)
   outputs = jax.tree.map(lambda x: rearrange(x, "n v m ... -> v (n m) ..."), outputs)
   return outputs, jax.tree.map(lambda x: jnp.mean(x, axis=0), averages)

@@ -56,7 +56,8 @@ def start_from(
     whole = "encoder" in names or kind == "batch_stats"  # DINO's batch statistics are the encoder's alone
     value = given.get((kind, *names[at + 1 :])) if whole else None
     if value is None:
-      left[".".join(names[: 2 if names[0] == "params" else 3])] = None
+      short = names if "encoder" in names else names[: 2 if names[0] == "params" else 3]  # of an encoder: a mask token
+      left[".".join(short)] = None
       return leaf
     taken[".".join(names[: at + 1])] = None
     return _placed(value, leaf)
