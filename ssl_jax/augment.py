@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssl_jax import random_streams
+
 _HIGHEST = lax.Precision.HIGHEST  # Pixels exact to 1e-5: the default is bfloat16 on a TPU, TF32 on a GPU.
 _TRIES = 10  # torchvision's, in RandomResizedCrop.get_params
 
@@ -82,6 +84,12 @@ def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
   """
   key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
   return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+
+
+def batch_key(seed: int, step: jax.Array) -> jax.Array:
+  """The key of what is drawn once for a whole batch, a function of only the seed and the step."""
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+  return jax.random.fold_in(key, random_streams.BATCH)
 
 
 def make_views(

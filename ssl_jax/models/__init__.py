@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     positions=one_of("learned", "row_first", "column_first"),
     drop_path=number(0, 1, ends="[)"),
     init_std=positive(),
-    features=one_of("cls", "mean", "flat"),
+    features=one_of("cls", "mean", "flat", "pooled"),
     recompute=flag(),
   ),
 }
