@@ -6,6 +6,8 @@
 MAE's recipe (configs/finetune_mae.py) for a small network and 28 pixels: without RandAugment and random erasing.
 """
 
+from ml_collections import config_dict
+
 from ssl_jax import config as configs
 
 
@@ -20,6 +22,7 @@ def get_config():
   head = dict(init_std=2e-5)
   config.method = dict(name="supervised", train_encoder=True, label_smoothing=0.1, mixup=0.8, cutmix=1.0, head=head)
   config.method.classes = 10
+  config.method.labels = config_dict.placeholder(str)  # how many images have one, such as 10%; none: all
   config.views = (dict(size=28, scale=(0.5, 1.0), interpolation="bicubic", flip=0.5),)
   config.optimizer = dict(name="adamw", weight_decay=0.05, layer_decay=0.75)
   config.lr = dict(base=2e-3, scaling="none", warmup_epochs=1.0, end=1e-6)
