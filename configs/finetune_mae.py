@@ -35,6 +35,7 @@ def get_config(size="base"):
   config.method.classes = 1000
   config.method.labels = config_dict.placeholder(str)  # how many images have one, such as 10%; none: all
   view = dict(size=224, scale=(0.08, 1.0), interpolation="bicubic", flip=0.5, mean=MEAN, std=STD)
+  view |= dict(rand_augment=9.0, erase_p=0.25)
   config.views = (view,)
   config.eval_view.update(resize=256, size=224, mean=MEAN, std=STD)
   config.optimizer = dict(name="adamw", weight_decay=0.05, layer_decay=layer_decay)

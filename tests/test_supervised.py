@@ -121,45 +121,37 @@ def assert_alike(got, want, rows, want_rows, tolerance):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("devices, microbatch, shard", [(2, None, False), (4, None, True), (1, 4, False)])
-def test_devices_and_microbatches_share_what_is_drawn_for_the_whole_batch(
-  devices, microbatch, shard, mesh, monkeypatch
-):
+def test_devices_and_microbatches_share_what_is_drawn_for_the_whole_batch(mesh, monkeypatch):
   want, want_rows = steps_on(recipe(), mesh(1), monkeypatch)
-  config = recipe(microbatch=microbatch)
-  config.parallel.shard_state = shard
+  config = recipe(microbatch=4)
+  config.parallel.shard_state = True
   monkeypatch.setattr(parallel, "SMALLEST_SPLIT", 1)
-  got, rows = steps_on(config, mesh(devices), monkeypatch)
-  assert_alike(got, want, rows, want_rows, 2e-4)  # float32 sums in another order
+  got, rows = steps_on(config, mesh(2), monkeypatch)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    scale = max(float(np.max(np.abs(y))), 1e-3)  # float32 sums in another order
+    np.testing.assert_allclose(x, y, rtol=0, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path))
+  for a, b in zip(rows, want_rows, strict=True):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
-def test_a_frozen_encoder_has_no_gradient_no_statistics_and_no_part_in_the_optimizer(mesh, monkeypatch):
-  config = frozen(batch_norm=True)
-  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
-  begun = jax.device_get(build.run(config).init())
-  got, rows = steps_on(config, mesh(1), monkeypatch)
-  two, two_rows = steps_on(config, mesh(2), monkeypatch)
-  assert_alike(got, two, rows, two_rows, 1e-4)
-  before, after = (x.state.frozen | {"stats": x.state.batch_stats["encoder"]} for x in (begun, got))
-  jax.tree.map(np.testing.assert_array_equal, after, before)
-  assert set(got.params) == {"head"}
-  assert np.any(got.state.batch_stats["head"]["bn"]["mean"])
-  assert sum(x.size for x in jax.tree.leaves(got.opt_state)) == sum(x.size for x in jax.tree.leaves(got.params)) + 1
-
-
-def test_a_step_of_the_linear_protocol_is_the_one_by_hand(mesh, monkeypatch):
+def test_a_step_of_the_linear_protocol_is_the_one_by_hand_and_leaves_the_encoder_alone(mesh, monkeypatch):
   config = frozen(batch_norm=True)
   config.method.label_smoothing = 0.1
   config.optimizer = dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.01)
-  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(2))  # batch norm's statistics are those of both
   run = build.run(config)
-  begun = jax.device_get(run.init())
-  batch = next(run.batches(0))
-  got, row = run.train_step(run.init(), parallel.put_batch(run.mesh, {name: batch[name] for name in run.inputs}))
+  state = run.init()
+  begun, batch = jax.device_get(state), next(run.batches(0))
+  got, row = run.train_step(state, parallel.put_batch(run.mesh, {name: batch[name] for name in run.inputs}))
   keys = augment.example_keys(config.seed, jnp.int32(0), jnp.arange(8))
-  images = jax.jit(lambda x: augment.make_views(keys, x, run.views))(batch["image"])[0][0]
   variables = run.method.encoder(begun.params, begun.state)
-  x = np.asarray(run.encoder.apply(variables, images, train=False), np.float64)
+
+  @jax.jit
+  def encoded(images):
+    return run.encoder.apply(variables, augment.make_views(keys, images, run.views)[0][0], train=False)
+
+  x = np.asarray(encoded(batch["image"]), np.float64)
   z = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
   w, b = (np.asarray(begun.params["head"]["linear"][k], np.float64) for k in ("kernel", "bias"))
   logits = z @ w + b
@@ -173,8 +165,14 @@ def test_a_step_of_the_linear_protocol_is_the_one_by_hand(mesh, monkeypatch):
     want = parameter - config.lr.base * (gradient + 0.9 * gradient)  # Nesterov's first step
     np.testing.assert_allclose(got.params["head"]["linear"][name], want, rtol=1e-3, atol=1e-6)
 
+  before, after = (x.state.frozen | {"stats": x.state.batch_stats["encoder"]} for x in (begun, jax.device_get(got)))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  np.testing.assert_allclose(got.state.batch_stats["head"]["bn"]["mean"], 0.1 * x.mean(0), rtol=1e-3, atol=1e-5)
+  sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (got.params, got.opt_state)]
+  assert set(got.params) == {"head"} and sizes[1] == sizes[0] + 1  # no momentum but the head's; a step's number
 
-@pytest.mark.parametrize("made", [recipe, frozen])
+
+@pytest.mark.parametrize("made", [pytest.param(recipe, marks=pytest.mark.slow), frozen])
 def test_a_stopped_run_goes_on_bit_for_bit_and_its_rows_are_of_the_test_images(made, tmp_path, mesh, monkeypatch):
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
   monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
