@@ -23,6 +23,7 @@ from ssl_jax.run import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe; by default configs/finetune_quickstart.py")
 FROM = flags.DEFINE_string("from", None, "a run's workdir, a file or folder of weights, or scratch")
+LABELS = flags.DEFINE_string("labels", None, "how many training images have one: all, 1%, 10% or N-per-class")
 LIKE = flags.DEFINE_string("like", None, "a run whose images, sizes and network are taken; by default that of --from")
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written")
 
@@ -40,6 +41,9 @@ def main() -> int:
     config = labelled.fitted(
       config, pathlib.Path(like).expanduser(), config_flags.get_override_values(flags.FLAGS["config"])
     )
+  if LABELS.value:
+    with config.unlocked():
+      config.method.labels = LABELS.value
   config.init_from = None if source == "scratch" else source
   status = train.main(config, workdir)
   if status == 0:
