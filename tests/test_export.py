@@ -46,6 +46,14 @@ def test_fixed_positions_are_written_out_and_timm_is_told_where_the_mean_is_take
   assert (images["interpolation"], math.floor(16 / images["crop_pct"])) == ("bilinear", 20)
 
 
+def test_a_norm_behind_the_pooling_is_timms_fc_norm_and_nothing_of_transformers():
+  pooled = vit.ViT(**SHAPE, features="pooled")
+  _, made = make(pooled, "timm")
+  assert made.config["model_args"]["fc_norm"] and made.config["model_args"]["global_pool"] == "avg"
+  assert "fc_norm.weight" in made.state and "norm.weight" not in made.state
+  assert "before the pooling" in export.why_not(pooled, "hf", 3)
+
+
 def test_positions_are_those_of_the_images_that_evaluation_sees():
   view = VIEW._replace(size=24, resize=24)
   variables, made = make(LEARNED, "hf", view)

@@ -170,7 +170,7 @@ VERSIONS = {
   "mae_imagenet": ["base", "large", "huge"],
   "dino_imagenet": ["vanilla", "boost", "vit_base"],
   "dino_quickstart": ["resnet", "vit"],
-  "linear": ["simclr", "mae", "dino"],
+  "linear": ["simclr", "dino_vit_base"],
 }
 RECIPES = [
   f"{file.stem}:{version}" for file in sorted(CONFIGS.glob("*.py")) for version in VERSIONS.get(file.stem, [""])

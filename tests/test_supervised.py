@@ -1,5 +1,7 @@
 """Supervised objectives: mixing and targets against timm's formulas, steps by hand, devices, microbatches, resume."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from test_all_methods import few_images, in_memory, small  # noqa: F401
 
 import train
 from runs import final_state
-from ssl_jax import augment, build, parallel
+from ssl_jax import augment, build, data, parallel
 from ssl_jax.errors import UserError
 from ssl_jax.methods import supervised
 from ssl_jax.run import log
@@ -235,3 +237,14 @@ def test_few_labels_are_drawn_by_class_and_are_the_same_for_every_run(mesh, monk
   drawn = [build.run(config).train_set for _ in range(2)]
   assert np.bincount(drawn[0].labels).tolist() == [4, 4]
   np.testing.assert_array_equal(drawn[0].images, drawn[1].images)
+
+
+def test_images_that_are_read_from_disk_come_with_the_labels_of_those_that_came(photographs):
+  dataset = data.load_folder(str(photographs), "train", channels=3)
+  settings = dict(batch_size=24, seed=0, start=0, stop=1, labelled=True)
+  batch = next(dataset.batches((augment.View(size=8),), **settings))
+  np.testing.assert_array_equal(batch["label"], dataset.labels[batch["index"]])
+  assert np.sum(batch["index"] != batch["wanted"]) == 1  # one file is broken
+  unknown = dataclasses.replace(dataset, labels=np.full(24, -1, np.int32))
+  with pytest.raises(UserError, match="has no label, and each image that is trained on needs one"):
+    next(unknown.batches((augment.View(size=8),), **settings))
