@@ -287,12 +287,10 @@ def method_of(config: Any, steps: int, steps_per_epoch: int, axis_name: str | No
 
 
 def read_config(workdir: pathlib.Path) -> Any:
-  """The config of the run in a workdir, with what its data decided. Raises UserError where there is no run."""
+  """The config of the run in a workdir. Raises UserError where there is no run."""
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} is not a run: it has no config.json.")
-  config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
-  config.data.window = config.data.get("window") or read_resolved(workdir).get("window")  # as the run measured it
-  return config
+  return ml_collections.ConfigDict(read_json(workdir / "config.json"))
 
 
 def encoder_section(config: Any) -> dict[str, Any]:
@@ -396,13 +394,15 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
 def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   """Restores all that a run's method has; arguments and errors are those of `restore_encoder`."""
   workdir = pathlib.Path(workdir)
-  config, resolved, folder = read_config(workdir), read_resolved(workdir), workdir / "checkpoints"
+  config, folder = read_config(workdir), workdir / "checkpoints"
   found = checkpoint.steps(folder)
   step = next(iter(found), None) if step is None else step
   if step is None:
     raise UserError(f"{folder} has no checkpoint yet.")
   if step not in found:
     raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
+  resolved = read_resolved(workdir)
+  config.data.window = config.data.get("window") or resolved.get("window")  # as the run measured it
   # Schedules end at `steps`, which no evaluation sees: runs that did not write it are as long as they came.
   steps = resolved.get("steps", max(step, 1))
   method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))

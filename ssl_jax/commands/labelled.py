@@ -32,6 +32,7 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
     UserError: the folder is not a run.
   """
   there = build.read_config(source)
+  there.data.window = there.data.get("window") or workdirs.read_resolved(source).get("window")  # as the run measured it
   config = config.copy_and_resolve_references()
   with config.unlocked():
     if not {"data.name", "data.folder"} & set(given):
