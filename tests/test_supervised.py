@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from runs import final_state
 from ssl_jax import augment, build, data, parallel
 from ssl_jax.errors import UserError
 from ssl_jax.methods import supervised
+from ssl_jax.models import heads, vit
 from ssl_jax.run import log
 
 KEYS = [jax.random.key(i) for i in range(40)]
@@ -137,41 +139,98 @@ def test_devices_and_microbatches_share_what_is_drawn_for_the_whole_batch(mesh, 
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
-def test_a_step_of_the_linear_protocol_is_the_one_by_hand_and_leaves_the_encoder_alone(mesh, monkeypatch):
-  config = frozen(batch_norm=True)
+def step_on_two(config, mesh, monkeypatch):
+  """(run, the state before a step on two devices, the batch, images that it drew, the state after it, metrics)."""
   config.method.label_smoothing = 0.1
   config.optimizer = dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.01)
-  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(2))  # batch norm's statistics are those of both
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(2))
   run = build.run(config)
   state = run.init()
   begun, batch = jax.device_get(state), next(run.batches(0))
   got, row = run.train_step(state, parallel.put_batch(run.mesh, {name: batch[name] for name in run.inputs}))
   keys = augment.example_keys(config.seed, jnp.int32(0), jnp.arange(8))
-  variables = run.method.encoder(begun.params, begun.state)
+  images = jax.jit(lambda x: augment.make_views(keys, x, run.views)[0][0])(batch["image"])
+  return run, begun, batch, images, jax.device_get(got), row
 
-  @jax.jit
-  def encoded(images):
-    return run.encoder.apply(variables, augment.make_views(keys, images, run.views)[0][0], train=False)
 
-  x = np.asarray(encoded(batch["image"]), np.float64)
-  z = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+def assert_head_by_hand(run, begun, got, row, x, z, y):
+  """The step of a linear layer on z [8, d] with targets y, in float64; x are the encoder's features."""
   w, b = (np.asarray(begun.params["head"]["linear"][k], np.float64) for k in ("kernel", "bias"))
   logits = z @ w + b
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-  y = np.eye(2)[batch["label"]] * 0.9 + 0.05
   np.testing.assert_allclose(row["loss"], -np.mean(np.sum(y * np.log(p), 1)), rtol=1e-4)
   np.testing.assert_allclose(row["feature_norm"], np.linalg.norm(x, axis=1).mean(), rtol=1e-4)
-  assert row["accuracy"] == np.mean(logits.argmax(1) == batch["label"])
+  assert row["accuracy"] == np.mean(logits.argmax(1) == y.argmax(1))
   for name, parameter, gradient in (("kernel", w, z.T @ (p - y) / 8), ("bias", b, (p - y).mean(0))):
     gradient = gradient + 0.01 * parameter
-    want = parameter - config.lr.base * (gradient + 0.9 * gradient)  # Nesterov's first step
+    want = parameter - run.config.lr.base * (gradient + 0.9 * gradient)  # Nesterov's first step
     np.testing.assert_allclose(got.params["head"]["linear"][name], want, rtol=1e-3, atol=1e-6)
 
-  before, after = (x.state.frozen | {"stats": x.state.batch_stats["encoder"]} for x in (begun, jax.device_get(got)))
+
+def encoded(run, variables, images):
+  return np.asarray(jax.jit(lambda x: run.encoder.apply(variables, x, train=False))(images), np.float64)
+
+
+def test_a_step_of_the_linear_protocol_is_the_one_by_hand_and_leaves_the_encoder_alone(mesh, monkeypatch):
+  run, begun, batch, images, got, row = step_on_two(frozen(batch_norm=True), mesh, monkeypatch)
+  x = encoded(run, run.method.encoder(begun.params, begun.state), images)
+  z = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)  # of both devices' images
+  assert_head_by_hand(run, begun, got, row, x, z, np.eye(2)[batch["label"]] * 0.9 + 0.05)
+  before, after = (x.state.frozen | {"stats": x.state.batch_stats["encoder"]} for x in (begun, got))
   jax.tree.map(np.testing.assert_array_equal, after, before)
   np.testing.assert_allclose(got.state.batch_stats["head"]["bn"]["mean"], 0.1 * x.mean(0), rtol=1e-3, atol=1e-5)
   sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (got.params, got.opt_state)]
   assert set(got.params) == {"head"} and sizes[1] == sizes[0] + 1  # no momentum but the head's; a step's number
+
+
+def test_a_step_of_fine_tuning_is_the_one_by_hand_on_mixed_images(mesh, monkeypatch):
+  config = recipe()
+  config.encoder.update(depth=1, drop_path=0.0)
+  run, begun, batch, images, got, row = step_on_two(config, mesh, monkeypatch)
+  targets = jnp.asarray(np.eye(2)[batch["label"]] * 0.9 + 0.05, jnp.float32)
+  key = augment.batch_key(config.seed, jnp.int32(0))
+  mixed, y = jax.jit(lambda *x: supervised.mix(key, *x, mixup=0.8, cutmix=1.0))(images, targets)
+  assert not np.array_equal(mixed, images)
+  x = encoded(run, run.method.encoder(begun.params, begun.state), mixed)
+  assert_head_by_hand(run, begun, got, row, x, x, np.asarray(y, np.float64))
+  assert np.any(got.params["encoder"]["fc_norm"]["bias"])  # the encoder is trained too
+
+
+def test_drop_path_is_drawn_by_example_and_only_where_the_encoder_is_trained():
+  seen = []
+
+  class Encoder(nn.Module):
+    drop_path: float = 0.5
+    depth: int = 3
+
+    @nn.compact
+    def __call__(self, images, *, train, uniforms=None):
+      seen.append(uniforms)
+      return nn.Dense(4)(jnp.mean(images, axis=(1, 2)))
+
+  keys, labels = augment.example_keys(0, jnp.int32(0), jnp.arange(6)), jnp.zeros(6, jnp.int32)
+  for train_encoder in (True, False):
+    network = heads.ClassifierNetwork(Encoder(), heads.LinearClassifier(2), train_encoder=train_encoder)
+    method = supervised.supervised(network)
+    params, state = method.init(jax.random.key(0), (jnp.ones((1, 1, 2, 2, 1)),))
+    for n in (6, 2):
+      method.loss(params, state, (jnp.ones((1, n, 2, 2, 1)),), keys[:n], 0, labels[:n])
+  _, all_of_them, two, *frozen_ones = seen
+  assert all_of_them.shape == (3, 2, 6) and len(np.unique(all_of_them)) == 36
+  np.testing.assert_array_equal(two, all_of_them[..., :2])
+  assert all(x is None for x in frozen_ones)
+
+
+def test_class_tokens_of_the_last_blocks_stand_before_the_mean_of_the_patches():
+  encoder = vit.ViT(patch_size=2, dim=8, depth=3, heads=2, image_size=4)
+  network = heads.ClassifierNetwork(encoder, heads.LinearClassifier(2), blocks=2, mean_patches=True)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32)
+  variables = jax.jit(lambda: network.init(jax.random.key(0), images, train=False))()
+  of_encoder = {"params": variables["params"]["encoder"]}
+  _, got = jax.jit(lambda: network.apply(variables, images, train=False, method="classify"))()
+  older, last = jax.jit(lambda: encoder.apply(of_encoder, images, 2, method="last_blocks"))()
+  want = np.concatenate([older[:, 0], last[:, 0], np.mean(last[:, 1:], axis=1)], axis=1)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("made", [pytest.param(recipe, marks=pytest.mark.slow), frozen])
