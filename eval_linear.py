@@ -3,24 +3,31 @@
   python eval_linear.py --workdir=runs/quickstart
   python eval_linear.py --workdir=runs/quickstart --labels=1% --draws=5
   python eval_linear.py --workdir=runs/quickstart --C=0.01,0.1,1,10
+  python eval_linear.py --workdir=runs/quickstart --protocol=linear --config=configs/linear.py:simclr
 
 --protocol=logreg is logistic regression with an L2 penalty, as DINOv2's evaluation does it: on the features as the
 encoder gives them, the penalty chosen on a held-out tenth of the training images, never on the test images, and the
 classifier refitted on all of them. The same is done with the raw pixels and with the encoder that the run began with.
 The last line is JSON; the same figures are in WORKDIR/linear.json, those of other data in WORKDIR/linear_NAME.json.
+
+--protocol=linear is the papers' own, with random crops and flips, the encoder at each step: train.py's loop with a
+recipe of configs/linear.py, by default that of the run's method. It goes on where it was stopped.
 """
 
 import functools
 import math
 import pathlib
+import runpy
 import warnings
 
 import numpy as np
 from absl import flags
+from ml_collections import config_flags
 
+import train
 from ssl_jax import build, parallel
-from ssl_jax.commands import evaluate
-from ssl_jax.commands.evaluate import BATCH_SIZE, STEP, TEST_SPLIT, WORKDIR, load
+from ssl_jax.commands import evaluate, labelled
+from ssl_jax.commands.evaluate import BATCH_SIZE, DATA, DATA_DIR, FOLDER, STEP, TEST_SPLIT, WORKDIR, load
 from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import probe
@@ -29,7 +36,8 @@ from ssl_jax.evaluation.features import Extractor
 from ssl_jax.run import cli
 from ssl_jax.run.cli import say
 
-PROTOCOLS = ("logreg",)
+PROTOCOLS = ("logreg", "linear")
+RECIPE = pathlib.Path(__file__).parent / "configs" / "linear.py"
 
 PROTOCOL = flags.DEFINE_string("protocol", "logreg", "how the classifier is trained")
 TRAIN_SPLIT = flags.DEFINE_string("train_split", None, "split that it is trained on; by default the run's")
@@ -37,11 +45,14 @@ LABELS = flags.DEFINE_string("labels", "all", "how many training images have one
 DRAWS = flags.DEFINE_integer("draws", None, "how often these are drawn; by default 5 times, or once where it is all")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws and of the held-out images", lower_bound=0)
 C = flags.DEFINE_list("C", None, "inverse penalties to choose from; by default DINOv2's 45, 10^-6 to 10^5")
+CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe of --protocol=linear")
 flags.adopt_module_key_flags(evaluate)  # so that --help shows them
 
 
 def main() -> int:
   workdir = pathlib.Path(WORKDIR.value)
+  if PROTOCOL.value == "linear":
+    return by_the_papers(workdir)
   penalties, wanted, draws = settings()
   restored = build.restore_encoder(workdir, STEP.value)
   config, why = restored.config, "a classifier is trained and scored by labels"
@@ -88,6 +99,41 @@ def main() -> int:
   figures |= measured("encoder", *found)
   evaluate.hand_over(figures, workdir, "linear")
   return 0
+
+
+def by_the_papers(workdir: pathlib.Path) -> int:
+  """Trains and scores a linear classifier by a paper's protocol, in a folder of its own in the workdir."""
+  if STEP.value is not None:
+    raise UserError("--protocol=linear takes the newest checkpoint: leave --step out.")
+  given = {"data.folder": FOLDER.value, "data.name": DATA.value, "data.data_dir": DATA_DIR.value}
+  given |= {"data.split": TRAIN_SPLIT.value, "data.test_split": TEST_SPLIT.value}
+  given |= {"method.labels": None if LABELS.value == "all" else LABELS.value}
+  given = {key: value for key, value in given.items() if value is not None}
+  if CONFIG.value is None:
+    version = version_for(build.read_config(workdir))
+    config = runpy.run_path(str(RECIPE))["get_config"](version)
+  else:
+    file, _, version = flags.FLAGS["config"].config_filename.partition(":")
+    config, version = CONFIG.value, version or pathlib.Path(file).stem
+    given |= config_flags.get_override_values(flags.FLAGS["config"])
+  config = labelled.fitted(config, workdir, given)
+  config.init_from = str(workdir)
+  other = FOLDER.value or DATA.value
+  name = f"linear_{version}{f'_{pathlib.Path(other).name}' if other else ''}"
+  status = train.main(config, workdir / name)
+  if status == 0:
+    labelled.hand_over(config, workdir / name, workdir / f"{name}.json", protocol="linear", recipe=version)
+  return status
+
+
+def version_for(config) -> str:
+  """The version of configs/linear.py that is the protocol of a run's method."""
+  name = "moco_v3" if config.method.get("version") == 3 else config.method.name
+  if name == "moco_v3" and config.encoder.name.startswith("vit"):
+    name = "moco_v3_vit"
+  if name not in ("simclr", "moco", "moco_v3", "moco_v3_vit", "byol", "mae", "dino"):
+    raise UserError(f"{config.method.name} has no protocol of its own here: take one, as --config={RECIPE}:simclr.")
+  return name
 
 
 def settings() -> tuple[tuple[float, ...], probe.Labels, int]:

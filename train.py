@@ -90,9 +90,10 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
     batches = workdirs.noting_skipped(run.batches(start), run.train_set, workdir)
     for step in range(start + 1, run.last_step + 1):
       with clock.waiting():
-        batch = next(batches)["image"]
+        found = next(batches)
       # Both calls return at once: this batch is copied while the device computes the step before.
-      train, row = run.train_step(train, parallel.put_batch(run.mesh, {"image": batch}))
+      batch = {name: found[name] for name in run.inputs}
+      train, row = run.train_step(train, parallel.put_batch(run.mesh, batch))
       if len(waiting) > 1:  # Not further ahead than that: batches would pile up in the device's memory.
         jax.block_until_ready(waiting[-2][1])
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
@@ -125,7 +126,7 @@ def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, ste
   """Writes the row of an evaluation, where there are labels, and pictures/<step>.png, where the method has some."""
   if row := during_training.evaluate(run, train, step):
     writer.write(row)
-    say(f"step {step}/{run.steps}  k-NN top-1 {row['knn_top1']:.2f} %, balanced {row['knn_balanced']:.2f} %")
+    say(report.evaluated(run, row))
   drawn = during_training.pictures(run, train)
   if drawn is not None and cluster.is_main():
     path = workdir / "pictures" / f"{step:08d}.png"

@@ -17,12 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssl_jax import random_streams
+from ssl_jax.rand_augment import rand_augment
+
 _HIGHEST = lax.Precision.HIGHEST  # Pixels exact to 1e-5: the default is bfloat16 on a TPU, TF32 on a GPU.
 _TRIES = 10  # torchvision's, in RandomResizedCrop.get_params
 
 
 class View(NamedTuple):
-  """One augmented view: random-resized-crop, flip, colour jitter, grayscale, blur, solarize, normalise, in this order.
+  """One augmented view: random-resized-crop, flip, RandAugment, colour jitter, grayscale, blur, solarize, normalise,
+  erase, in this order.
 
   Attributes:
     size: side of the square output, in pixels.
@@ -35,7 +39,9 @@ class View(NamedTuple):
     blur_p, blur_kind, blur_sigma, blur_kernel: probability; "gaussian" (torchvision's, with `blur_kernel` taps) or
       "pil" (Pillow's GaussianBlur, three box blurs); range of the standard deviation.
     solarize_p: probability of inverting every value >= `solarize_threshold`.
-    mean, std: normalisation per channel, applied last; an empty tuple leaves [0, 1].
+    mean, std: normalisation per channel; an empty tuple leaves [0, 1].
+    rand_augment: mean strength of timm's RandAugment, in images of 1 or 3 channels (`rand_augment.py`); 0: none.
+    erase_p: probability that a box is filled with normal noise, after normalisation (`erase`).
   """
 
   size: int
@@ -54,6 +60,8 @@ class View(NamedTuple):
   solarize_threshold: float = 128 / 255
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
+  rand_augment: float = 0.0
+  erase_p: float = 0.0
 
 
 class EvaluationView(NamedTuple):
@@ -82,6 +90,12 @@ def example_keys(seed: int, step: jax.Array, positions: jax.Array) -> jax.Array:
   """
   key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
   return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+
+
+def batch_key(seed: int, step: jax.Array) -> jax.Array:
+  """The key of what is drawn once for a whole batch, a function of only the seed and the step."""
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+  return jax.random.fold_in(key, random_streams.BATCH)
 
 
 def make_views(
@@ -153,6 +167,9 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
     box = crop_box(box_draws, (height, width), view.scale, view.ratio)
     image = resized_crop(image, box, view.size, view.interpolation, flip=flip)
     image = jnp.clip(image, 0, 1)  # Bicubic weights overshoot; Pillow's uint8 clips.
+  if view.rand_augment and image.shape[0] in (1, 3):
+    fill = jnp.round(255 * jnp.array(view.mean)) if view.mean else jnp.full(image.shape[0], 128.0)
+    image = rand_augment(jax.random.fold_in(key, random_streams.RAND_AUGMENT), image, view.rand_augment, fill)
   if any(view.jitter) and image.shape[0] in (1, 3):
     strengths = view.jitter[:3]
     factors = [_between(d, max(0.0, 1 - s), 1 + s) for d, s in zip(jitter_draws[:3], strengths, strict=True)]
@@ -170,7 +187,34 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
     image = jnp.where(blur_draw < view.blur_p, blurred, image)
   if view.solarize_p:
     image = jnp.where(solarize_draw < view.solarize_p, solarize(image, view.solarize_threshold), image)
-  return normalize(image, view.mean, view.std)
+  image = normalize(image, view.mean, view.std)
+  if view.erase_p:
+    image = erase(jax.random.fold_in(key, random_streams.ERASE), image, view.erase_p)
+  return image
+
+
+def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
+  """Random erasing (Zhong et al., 2017, arXiv:1708.04896) of float [C, H, W] by normal noise, a number a pixel.
+
+  With `probability` a box of 2 to 33 % of the area and a height / width of 0.3 to 3.3: the first of ten tries that is
+  smaller than the image, else none (`RandomErasing` of timm, mode "pixel").
+  """
+  _, height, width = image.shape
+  box_key, noise_key = jax.random.split(key)
+  u = jax.random.uniform(box_key, (2 * _TRIES + 3,))
+  area = height * width * _between(u[:_TRIES], 0.02, 1 / 3)
+  ratio = jnp.exp(_between(u[_TRIES : 2 * _TRIES], float(np.log(0.3)), -float(np.log(0.3))))
+  h, w = (jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (area * ratio, area / ratio))
+  fits = (h < height) & (w < width)
+  first = jnp.argmax(fits)
+  erased = fits[first] & (u[-1] < probability)
+  inside = []
+  for draw, side, n in ((u[-3], h[first], height), (u[-2], w[first], width)):
+    start = jnp.minimum((draw * (n - side + 1)).astype(jnp.int32), n - side)  # 0 to n - side inclusive
+    at = jnp.arange(n)
+    inside.append((at >= start) & (at < start + side))
+  noise = jax.random.normal(noise_key, image.shape, image.dtype)
+  return jnp.where(erased & inside[0][:, None] & inside[1][None, :], noise, image)
 
 
 def evaluation_view(images: jax.Array, view: EvaluationView) -> jax.Array:

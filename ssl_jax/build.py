@@ -26,7 +26,7 @@ from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.image import as_pixels
 from ssl_jax.data.memory import InMemory
 from ssl_jax.errors import NoSplit, UserError
-from ssl_jax.evaluation import features
+from ssl_jax.evaluation import features, probe
 from ssl_jax.methods.base import AXIS, Context, Method
 from ssl_jax.run import checkpoint
 from ssl_jax.run.workdir import read_json, read_resolved
@@ -74,6 +74,7 @@ class Run(Program):
     peak: FLOP/s of all devices; None: not known.
     chance: the loss of uninformative outputs; None: there is no such value.
     extractor: computes features.
+    classifier: computes the logits of an objective that takes labels; None: the method takes none.
     painter: draws the method's pictures; None: it has none.
   """
 
@@ -91,11 +92,18 @@ class Run(Program):
   peak: float | None
   chance: float | None
   extractor: features.Extractor
+  classifier: features.Extractor | None
   painter: Callable | None
+
+  @property
+  def inputs(self) -> tuple[str, ...]:
+    """What the step takes of a batch."""
+    return ("image", "label") if self.method.takes_labels else ("image",)
 
   def batches(self, start: int) -> Iterator[dict[str, Any]]:
     """This process's part of the batches from step `start` to the run's last (`Dataset.batches`)."""
-    settings = dict(batch_size=self.config.batch_size, seed=self.config.seed, start=start, stop=self.last_step)
+    settings: dict[str, Any] = dict(batch_size=self.config.batch_size, seed=self.config.seed)
+    settings |= dict(start=start, stop=self.last_step, labelled=self.method.takes_labels)
     return self.train_set.batches(self.views, **settings, part=data.Part(jax.process_index(), jax.process_count()))
 
   def facts(self) -> dict[str, str]:
@@ -126,17 +134,24 @@ def run(config: Any) -> Run:
   configs.check_values(config)
   mesh, views, eval_view = parallel.make_mesh(), configs.views(config), configs.eval_view(config)
   train_set = dataset(config, config.data.split).tried()
+  if "classes" in config.method:
+    config, train_set = with_labels(config, train_set)
   configs.check(config, images=len(train_set), devices=mesh.size)
   bank, test_set = knn_sets(config, train_set)
 
   steps, steps_per_epoch = configs.schedule_length(config, len(train_set))
   made = program(config, mesh, steps, steps_per_epoch)
   shapes = train_set.batch_shapes(views, config.batch_size)
+  if made.method.takes_labels:
+    shapes["label"] = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
   traced = made.train_step.trace(made.state, parallel.abstract(shapes, parallel.split(mesh)))
 
   method, state = made.method, made.state
   extractor = features.Extractor(made.encoder, eval_view, mesh, config.batch_size)
   extractor.trace(method.encoder(state.params, state.state), train_set.channels)
+  classifier = None
+  if method.classifier:
+    classifier = features.Extractor(method.classifier.network, eval_view, mesh, config.batch_size)
   device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
   return Run(
     config=config,
@@ -154,6 +169,7 @@ def run(config: Any) -> Run:
     peak=device_peak and device_peak * mesh.size,
     chance=method.chance(config.batch_size) if method.chance else None,
     extractor=extractor,
+    classifier=classifier,
     painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
   )
 
@@ -200,6 +216,37 @@ def dataset(config: Any, split: str) -> Dataset:
   return data.load(config.data.name, split, data_dir=config.data.data_dir, **settings)
 
 
+def with_labels(config: Any, train_set: Dataset) -> tuple[Any, Dataset]:
+  """(the recipe with the number of the data's classes, the images whose labels it uses), for a supervised objective.
+
+  Raises:
+    UserError: images without labels, another number of classes than the recipe's, or `method.labels` that are not to
+      be had.
+  """
+  where = f"data.split={config.data.split!r} of {train_set.name}"
+  if not train_set.is_labelled:
+    raise UserError(f"{where} has no labels, and method.name={config.method.name!r} trains by them.")
+  labels, classes = train_set.labels, train_set.num_classes
+  if labels is not None and (missing := int(np.sum(labels < 0))):
+    raise UserError(f"{missing:,} of the {len(labels):,} images of {where} have no label: each one needs a label.")
+  if classes < 2:
+    raise UserError(f"all images of {where} are of one class: there is nothing to tell apart.")
+  if config.method.classes not in (None, classes):
+    raise UserError(f"method.classes={config.method.classes}, and {where} has {classes} classes.")
+  config = config.copy_and_resolve_references()
+  config.method.classes = classes
+  if config.method.get("labels"):
+    wanted = probe.parse_labels(config.method.labels, "method.labels")
+    if labels is None:
+      raise UserError(f"method.labels={config.method.labels!r} draws by class, and of {where} only the images know it.")
+    few = np.bincount(labels, minlength=classes).min()
+    if wanted.share is None and wanted.each > few:
+      raise UserError(f"method.labels={config.method.labels!r} is more than the {few} images of a class of {where}.")
+    rng = np.random.default_rng((config.seed, 0))  # the first draw of eval_linear.py with this --seed
+    train_set = train_set.take(probe.draw_labelled(labels, wanted, rng))
+  return config, train_set
+
+
 def knn_sets(config: Any, train_set: Dataset) -> tuple[Dataset, Dataset] | tuple[None, None]:
   """(bank, queries) of the online k-NN, numbered alike; Nones where one of them has no labels."""
   named = config.copy_and_resolve_references()
@@ -224,6 +271,7 @@ def context(config: Any, steps: int, steps_per_epoch: int, axis_name: str | None
     views=views,
     batch_size=config.batch_size,
     channels=config.data.channels,
+    seed=config.seed,
     steps=steps,
     steps_per_epoch=steps_per_epoch,
     dtype=dtype,
@@ -236,6 +284,25 @@ def method_of(config: Any, steps: int, steps_per_epoch: int, axis_name: str | No
   """The method of a recipe, and its encoder for evaluation."""
   module, given = methods.find(config.method.name), context(config, steps, steps_per_epoch, axis_name)
   return module.from_config(config.method, given), module.make_encoder(config.method, given)
+
+
+def read_config(workdir: pathlib.Path) -> Any:
+  """The config of the run in a workdir. Raises UserError where there is no run."""
+  if not (workdir / "config.json").is_file():
+    raise UserError(f"{workdir} is not a run: it has no config.json.")
+  config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
+  try:
+    configs.check_values(config)
+  except UserError as error:
+    raise UserError(f"{workdir / 'config.json'} is damaged: {error}") from None
+  return config
+
+
+def encoder_section(config: Any) -> dict[str, Any]:
+  """The section `encoder` of a recipe with what its method adds to the architecture, for a recipe of another method."""
+  encoder = methods.find(config.method.name).make_encoder(config.method, context(config, 1, 1))
+  added = {key: getattr(encoder, key) for key in ("positions", "project_first") if hasattr(encoder, key)}
+  return {**{key: x for key, x in config.encoder.items() if key != "bn_group_size"}, **added}
 
 
 class Restored(NamedTuple):
@@ -332,14 +399,7 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
 def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   """Restores all that a run's method has; arguments and errors are those of `restore_encoder`."""
   workdir = pathlib.Path(workdir)
-  if not (workdir / "config.json").is_file():
-    raise UserError(f"{workdir} is not a run: it has no config.json.")
-  config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
-  try:
-    configs.check_values(config)
-  except UserError as error:
-    raise UserError(f"{workdir / 'config.json'} is damaged: {error}") from None
-  folder = workdir / "checkpoints"
+  config, folder = read_config(workdir), workdir / "checkpoints"
   found = checkpoint.steps(folder)
   step = next(iter(found), None) if step is None else step
   if step is None:

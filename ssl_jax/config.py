@@ -75,6 +75,8 @@ VIEW_SETTINGS = dict(  # the fields of augment.View
   solarize_threshold=number(0, 1),
   mean=_NUMBERS,
   std=each(positive()),
+  rand_augment=number(0, 10),
+  erase_p=number(0, 1),
 )
 
 

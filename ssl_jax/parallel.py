@@ -84,7 +84,7 @@ def compile_map(function: Callable, mesh: Mesh) -> Any:
 
 
 def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Callable:
-  """Gradient accumulation over microbatches for `gradient(images, positions) -> (gradients, Aux)` of a separable loss.
+  """Gradient accumulation over microbatches for `gradient(batch, positions) -> (gradients, Aux)` of a separable loss.
 
   Gradients, metrics and averages are averaged over the chunks, examples concatenated: for a loss that is a mean over
   its examples the same as all at once, except that batch norm normalises within a chunk. `microbatch` is counted over
@@ -93,9 +93,9 @@ def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Ca
   if microbatch is None:
     return gradient
 
-  def accumulated(images, positions):
+  def accumulated(batch, positions):
     m = microbatch // lax.axis_size(axis_name)
-    chunks = jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]), (images, positions))
+    chunks = jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]), (batch, positions))
     n = len(positions) // m
 
     def add(total, chunk):

@@ -13,6 +13,9 @@ DROP_PATH = 2**16 + 2  # DINO: which examples skip which branch; folded with the
 QUEUE = 2**16 + 3  # MoCo v1, v2: the random rows that the queue starts with; folds the key of `init`
 SLICES = 2**16 + 4  # LeJEPA: the directions of a step, the same for all examples and runs: a seed, folded with the step
 BLOCKS = 2**16 + 5  # DINOv2: which crops are masked and their blocks; folded with the view after that
+RAND_AUGMENT = 2**16 + 6  # what RandAugment does; it and the next fold a view's key
+ERASE = 2**16 + 7  # random erasing: the box and its noise
+BATCH = 2**31 - 1  # mixup and cutmix, drawn for a whole batch: in place of the position of an example, which none has
 
 # The host's crops (`data.stream`) have NumPy generators, seeded by (seed, step, position, view, CROP). NumPy pads short
 # seeds with zeros: without a last number, view 0 of position 0 would have the generator of an epoch's order.

@@ -51,7 +51,8 @@ class Step(NamedTuple):
   """A training step in two halves, between which gradients are averaged over the devices.
 
   Called, it is one device's whole step, (TrainState, batch) -> (TrainState, metrics), for `jax.pmap` and `jax.vmap`
-  with the axis name `AXIS`. A batch is {"image": uint8 [b, H, W, C], or the crops of each resolution}.
+  with the axis name `AXIS`. A batch is {"image": uint8 [b, H, W, C], or the crops of each resolution}, and for a method
+  that takes labels also {"label": int32 [b]}.
   """
 
   gradient: Callable  # (TrainState, batch) -> (gradients, Aux) of this device's part of the batch
@@ -73,20 +74,20 @@ def make_step(
 
   def gradient(train, batch):
     step, params, state, _ = train
-    images = batch["image"]  # or the crops of each resolution
-    b = jax.tree.leaves(images)[0].shape[0]
+    b = jax.tree.leaves(batch["image"])[0].shape[0]
     positions = lax.axis_index(AXIS) * b + jnp.arange(b)
 
-    def of_images(images, positions):
+    def of_batch(batch, positions):
       keys = augment.example_keys(seed, step, positions)
-      drawn = augment.make_views(keys, images, views)  # one [v, b, h, w, c] array a resolution
-      (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step)
+      drawn = augment.make_views(keys, batch["image"], views)  # one [v, b, h, w, c] array a resolution
+      labels = (batch["label"],) if method.takes_labels else ()
+      (_, aux), grads = jax.value_and_grad(method.loss, has_aux=True)(params, state, drawn, keys, step, *labels)
       check_aux(aux, len(positions))
       return grads, aux
 
     # Where the loss is not a mean over examples, the method itself encodes by microbatches.
-    by_chunks = parallel.accumulate(of_images, microbatch, AXIS) if method.separable else of_images
-    return by_chunks(images, positions)
+    by_chunks = parallel.accumulate(of_batch, microbatch, AXIS) if method.separable else of_batch
+    return by_chunks(batch, positions)
 
   def update(train, grads, aux):
     step, params, _, opt_state = train

@@ -52,7 +52,7 @@ def small(name):
   for key, value in dict(bn_group_size=2, queue_size=24, hidden=16, features=8).items():
     if key in config.method:
       config.method[key] = value
-  if "head" in config.method:
+  if config.method.name == "dino":
     config.method.head.update(hidden=16, bottleneck=8, prototypes=32)
   if "decoder" in config.method:
     config.method.decoder.update(dim=12, depth=1, heads=3)

@@ -102,7 +102,7 @@ def test_every_recipe_has_the_shared_keys_and_a_docstring_with_its_command(path)
   config = recipe(path)
   for key in SHARED:
     assert configs.has_key(config, key), key
-  assert "python train.py" in path.read_text().split('"""')[1]
+  assert re.search(r"python (train|finetune|eval_linear)\.py", path.read_text().split('"""')[1])
 
 
 def test_the_paper_recipes_have_the_papers_numbers():
@@ -317,6 +317,7 @@ VARIANTS = [
   *((by_name("dinov2_imagenet"), (version,)) for version in ("small", "ibot")),
   (by_name("dino_quickstart"), ("vit",)),
   (by_name("simclr_imagenet"), ("v2",)),
+  (by_name("linear"), ("mae",)),
 ]
 
 
@@ -361,10 +362,12 @@ def test_what_decays_and_what_is_frozen_leaf_by_leaf(path, arguments):
     for leaf, mark in jax.tree_util.tree_leaves_with_path(optim.decayed(params, config.no_decay))
   }
   if not config.no_decay:
-    assert config.method.name in ("moco", "simsiam", "lejepa")  # whose official code decays everything
+    # whose official code decays everything, or nothing
+    assert config.method.name in ("moco", "simsiam", "lejepa") or path.stem in ("finetune_resnet", "linear")
     assert all(marks.values())
   else:
-    kernels = {name for name in marks if name.split("/")[-1] not in ("bias", "scale", "gamma")}
+    spared = ("cls_token", "pos_embed") if path.stem.startswith("finetune") else ()  # timm's `no_weight_decay`
+    kernels = {name for name in marks if name.split("/")[-1] not in ("bias", "scale", "gamma", *spared)}
     assert {name for name, mark in marks.items() if mark} == kernels
     assert {name.split("/")[-1] for name in kernels} <= {
       "kernel", "cls_token", "pos_embed", "mask_token", "register_tokens", "weight_v", "weight_g"

@@ -57,6 +57,14 @@ def test_a_vit_with_parts_of_its_own_is_written_as_arrays_that_only_we_load(tmp_
   jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
+def test_a_norm_behind_the_pooling_is_timms_fc_norm_and_nothing_of_transformers():
+  pooled = vit.ViT(**SHAPE, features="pooled")
+  _, made = make(pooled, "timm")
+  assert made.config["model_args"]["fc_norm"] and made.config["model_args"]["global_pool"] == "avg"
+  assert "fc_norm.weight" in made.state and "norm.weight" not in made.state
+  assert "before the pooling" in export.why_not(pooled, "hf", 3)
+
+
 def test_positions_are_those_of_the_images_that_evaluation_sees():
   view = VIEW._replace(size=24, resize=24)
   variables, made = make(LEARNED, "hf", view)

@@ -170,6 +170,7 @@ VERSIONS = {
   "mae_imagenet": ["base", "large", "huge"],
   "dino_imagenet": ["vanilla", "boost", "vit_base"],
   "dino_quickstart": ["resnet", "vit"],
+  "linear": ["simclr", "dino_vit_base"],
 }
 RECIPES = [
   f"{file.stem}:{version}" for file in sorted(CONFIGS.glob("*.py")) for version in VERSIONS.get(file.stem, [""])
@@ -181,7 +182,8 @@ def test_every_recipes_step_is_lowered_for_every_platform(name, cudnn, mesh):
   config = recipe(name)
   made = build.program(config, mesh(2), 100 * config.epochs, 100)
   images = augment.crop_shapes(configs.views(config), config.batch_size, config.data.channels)
-  texts = lowered(made.train_step, made.state, {"image": images})
+  labels = {"label": jax.ShapeDtypeStruct((config.batch_size,), np.int32)} if made.method.takes_labels else {}
+  texts = lowered(made.train_step, made.state, {"image": images, **labels})
   fused = config.encoder.name.startswith("vit") and config.dtype == "bfloat16"
   assert {platform for platform, text in texts.items() if FUSED in text} == ({"cuda"} if fused else set())
   for text in texts.values():

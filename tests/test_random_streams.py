@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ssl_jax import augment, data, random_streams
+from ssl_jax import augment, data, rand_augment, random_streams
 from ssl_jax import masks as block_masks
 from ssl_jax.data import crop
 from ssl_jax.methods import dino, mae, moco
@@ -100,8 +100,21 @@ def blocks():
   return names | {f"block of crop {c}, {j}": first[c, :, j] for c in range(2) for j in range(4)}
 
 
+def changes():
+  """What RandAugment does to two views of each example, and the draws of random erasing: {name: [N]}."""
+
+  def draw(key, i):
+    key = jax.random.fold_in(key, i)
+    erase_key, _ = jax.random.split(jax.random.fold_in(key, random_streams.ERASE))
+    chosen = rand_augment.draw(jax.random.fold_in(key, random_streams.RAND_AUGMENT), 5.0)
+    return jnp.concatenate([*chosen, jax.random.uniform(erase_key, (23,))[::4]])
+
+  found = np.asarray(jax.jit(jax.vmap(jax.vmap(draw, (None, 0)), (0, None)))(KEYS, jnp.arange(2)))
+  return {f"change {j} of view {i}": found[:, i, j] for i in range(2) for j in range(found.shape[2])}
+
+
 def test_no_two_purposes_share_a_draw(monkeypatch):
-  draws = view_draws() | masks(monkeypatch) | dropped_paths() | places() | blocks()
+  draws = view_draws() | masks(monkeypatch) | dropped_paths() | places() | blocks() | changes()
   correlation = np.corrcoef(np.stack(list(draws.values())))
   np.fill_diagonal(correlation, 0)
   names = list(draws)
@@ -112,7 +125,8 @@ def test_no_two_purposes_share_a_draw(monkeypatch):
 
 def test_streams_have_numbers_of_their_own_which_no_view_reaches():
   numbers = [random_streams.MASK, random_streams.SHUFFLE, random_streams.DROP_PATH]
-  numbers += [random_streams.QUEUE, random_streams.SLICES, random_streams.BLOCKS]
+  numbers += [random_streams.QUEUE, random_streams.SLICES, random_streams.RAND_AUGMENT, random_streams.ERASE]
+  numbers += [random_streams.BATCH, random_streams.BLOCKS]
   assert len(set(numbers)) == len(numbers) and min(numbers) >= 2**16
 
 

@@ -202,7 +202,15 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def batches(
-    self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
+    self,
+    views: Sequence[View],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    part: Part = WHOLE,
+    labelled: bool = False,
   ) -> Iterator[dict[str, Any]]:
     """Yields a process's part, b examples, of the batches of steps `start` to `stop` - 1.
 
@@ -213,6 +221,7 @@ class Dataset(abc.ABC):
         view) alone.
       start, stop: steps.
       part: of which process.
+      labelled: whether the images' classes come too, "label" int32 [b].
 
     Yields:
       {"image": uint8 [b, H, W, C], or a tuple of crops [b, v, size, size, C], one a resolution: what

@@ -53,12 +53,21 @@ class InMemory(Dataset):
     return {"image": self.images[index], "index": index, "wanted": index}
 
   def batches(
-    self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
+    self,
+    views: Sequence[View],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    part: Part = WHOLE,
+    labelled: bool = False,
   ) -> Iterator[dict[str, Any]]:
     del views
     for step in range(start, stop):
       order = batch_indices(len(self), batch_size, seed, step, part)
-      yield {"image": self.images[order], "index": order, "wanted": order}
+      labels = {"label": self.labels[order]} if labelled else {}
+      yield {"image": self.images[order], "index": order, "wanted": order, **labels}
 
   def in_order(
     self, view: EvaluationView, batch_size: int, part: Part = WHOLE

@@ -121,14 +121,23 @@ class Streamed(Dataset):
     return {"image": crops, "index": np.int64(found), "wanted": np.int64(index)}
 
   def batches(
-    self, views: Sequence[View], *, batch_size: int, seed: int, start: int, stop: int, part: Part = WHOLE
+    self,
+    views: Sequence[View],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    part: Part = WHOLE,
+    labelled: bool = False,
   ) -> Iterator[dict[str, Any]]:
     local = batch_size // part.count
 
     def example(i):
       step, position = divmod(int(i), local)
       order = batch_indices(len(self), batch_size, seed, step, part)
-      return self.example(int(order[position]), views, (seed, step, part.index * local + position))
+      found = self.example(int(order[position]), views, (seed, step, part.index * local + position))
+      return found | {"label": self._known_label(int(found["index"]))} if labelled else found
 
     threads, workers = self.reading.thread_count, self.reading.workers
     yield from batched(start * local, stop * local, example, local, threads, workers)
@@ -143,6 +152,12 @@ class Streamed(Dataset):
 
     shape = view.size, view.size, self.channels
     yield from ordered_batches(example, len(self), shape, batch_size, self.reading.thread_count, part)
+
+  def _known_label(self, i: int) -> np.int32:
+    label = self.label(i)
+    if label < 0:  # where only the images themselves know, this is when it shows
+      raise UserError(f"{self.image_name(i)} has no label, and each image that is trained on needs one.")
+    return np.int32(label)
 
   def read_or_next(self, index: int, least: float = math.inf) -> tuple[np.ndarray, tuple[int, ...], int]:
     """(pixels, real height and width, index) of the image at `index`, or of the next that can be read.

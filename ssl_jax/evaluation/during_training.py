@@ -1,11 +1,11 @@
-"""What a run looks at while it trains: the k-NN accuracy of its encoder, and the method's pictures."""
+"""What a run looks at while it trains: its encoder's k-NN accuracy or its classifier's own, and a method's pictures."""
 
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from ssl_jax.evaluation import accuracy
+from ssl_jax.evaluation import accuracy, knn, probe
 from ssl_jax.run import cluster
 from ssl_jax.training import TrainState
 
@@ -19,6 +19,8 @@ def evaluate(run: "Run", train: TrainState, step: int) -> dict[str, Any] | None:
   """The row of an evaluation; None where there are no labels. All processes come here."""
   if run.bank is None or run.test_set is None:
     return None
+  if run.classifier:
+    return classified(run, train, step)
   variables = run.method.encoder(train.params, train.state)
   features, labels, queries, answers = *run.extractor(variables, run.bank), *run.extractor(variables, run.test_set)
   settings = dict(k=min(run.config.knn.k, len(features)), temperature=run.config.knn.temperature)
@@ -27,6 +29,19 @@ def evaluate(run: "Run", train: TrainState, step: int) -> dict[str, Any] | None:
   if step == 0 and cluster.is_main():  # alone: nothing here needs the other processes
     row["guessing_top1"] = accuracy.guessing(labels, answers)
     row |= accuracy.pixel_baselines(run.bank, run.test_set, run.eval_view, **settings)
+  return row
+
+
+def classified(run: "Run", train: TrainState, step: int) -> dict[str, Any]:
+  """The row of an objective that takes labels: accuracies on the test images, and the 95 % interval over these."""
+  assert run.classifier and run.method.classifier and run.bank and run.test_set
+  logits, answers = run.classifier(run.method.classifier.variables(train.params, train.state), run.test_set)
+  scores = knn.accuracy(logits, answers, k=5)
+  low, high = probe.wilson(scores["top1"], len(answers))
+  row = {"step": step, "epoch": step / run.steps_per_epoch} | {f"test_{name}": x for name, x in scores.items()}
+  row |= {"test_top1_low": low, "test_top1_high": high, "test_images": len(answers)}
+  if step == 0 and run.bank.labels is not None:
+    row["guessing_top1"] = accuracy.guessing(run.bank.labels, answers)
   return row
 
 

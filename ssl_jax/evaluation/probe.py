@@ -32,8 +32,8 @@ class Labels(NamedTuple):
     return min(count, self.each if self.share is None else max(1, round(self.share * count)))
 
 
-def parse_labels(text: str) -> Labels:
-  """ "all", "1%" or "5-per-class". Raises UserError for anything else."""
+def parse_labels(text: str, key: str = "--labels") -> Labels:
+  """ "all", "1%" or "5-per-class". Raises UserError, with the name of the `key`, for anything else."""
   number, percent, rest = text.partition("%")
   try:
     if text == "all":
@@ -44,7 +44,7 @@ def parse_labels(text: str) -> Labels:
       return Labels(None, int(text.removesuffix("-per-class")))
   except ValueError:
     pass
-  raise UserError(f"--labels must be all, a percentage such as 1%, or a number such as 5-per-class, got {text!r}.")
+  raise UserError(f"{key} must be all, a percentage such as 1%, or a number such as 5-per-class, got {text!r}.")
 
 
 def check_classes(labels: np.ndarray, test_labels: np.ndarray, wanted: Labels) -> None:

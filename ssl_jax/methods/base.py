@@ -70,6 +70,14 @@ class Loss(Protocol):
     ...
 
 
+class LabelledLoss(Protocol):
+  def __call__(
+    self, params: Any, state: Any, views: tuple[jax.Array, ...], keys: jax.Array, step: jax.Array, labels: jax.Array
+  ) -> tuple[jax.Array, Aux]:
+    """As `Loss`, of a method that takes labels: int32 [b]."""
+    ...
+
+
 class Update(Protocol):
   def __call__(self, params: Any, state: Any, aux: Aux, step: jax.Array) -> Any:
     """Returns the next state, from the parameters after the optimizer's step and the combined Aux."""
@@ -80,6 +88,19 @@ class Encoder(Protocol):
   def __call__(self, params: Any, state: Any) -> dict[str, Any]:
     """Returns the variables that evaluation, export and pictures take: {"params": ..., "batch_stats": ...}."""
     ...
+
+
+class Classifier(NamedTuple):
+  """What a supervised objective classifies with.
+
+  Attributes:
+    network: a module, float images [b, h, w, c] -> float32 logits [b, K] as `network.apply(variables, images,
+      train=False)`.
+    variables: (params, state) -> its variables.
+  """
+
+  network: nn.Module
+  variables: Encoder
 
 
 class Pictures(Protocol):
@@ -93,7 +114,7 @@ class Pictures(Protocol):
 
 
 class Method(NamedTuple):
-  """A self-supervised method, as its constructor returns it.
+  """A self-supervised method, or a supervised objective, as its constructor returns it.
 
   Attributes:
     init, loss, update, encoder: see their protocols.
@@ -101,15 +122,21 @@ class Method(NamedTuple):
       accumulation. Where it is not, the method encodes in microbatches itself (`in_chunks`).
     chance: value of metrics["loss"] for uninformative outputs at a given global batch size; None: there is none.
     pictures: see its protocol; None where there is nothing to draw.
+    classifier: of an objective that takes labels; None: the loss sees none.
   """
 
   init: Init
-  loss: Loss
+  loss: Loss | LabelledLoss
   update: Update
   encoder: Encoder
   separable: bool
   chance: Callable[[int], float] | None = None
   pictures: Pictures | None = None
+  classifier: Classifier | None = None
+
+  @property
+  def takes_labels(self) -> bool:
+    return self.classifier is not None
 
 
 class Context(NamedTuple):
@@ -122,6 +149,7 @@ class Context(NamedTuple):
     views: the recipe's views.
     batch_size: global.
     channels: of the images.
+    seed: of the run, for what is drawn for a whole batch (`augment.batch_key`).
     steps, steps_per_epoch: of the schedules.
     dtype: of the computation.
     microbatch: how many images of the global batch are encoded at once; None: all.
@@ -133,6 +161,7 @@ class Context(NamedTuple):
   views: Sequence[View]
   batch_size: int
   channels: int
+  seed: int
   steps: int
   steps_per_epoch: int
   dtype: Any

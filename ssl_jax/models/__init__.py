@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     ffn=one_of("mlp", "swiglu"),
     drop_path=number(0, 1, ends="[)"),
     init_std=positive(),
-    features=one_of("cls", "mean", "flat"),
+    features=one_of("cls", "mean", "flat", "pooled"),
     recompute=flag(),
   ),
 }

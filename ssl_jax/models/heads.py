@@ -152,6 +152,65 @@ class Prototypes(nn.Module):
     return x.astype(self.dtype) @ weight.astype(self.dtype)
 
 
+class LinearClassifier(nn.Module):
+  """A linear layer, behind a batch norm without gain and offset where `batch_norm` says so (MAE's probe).
+
+  Attributes:
+    classes: its outputs.
+    init_std: standard deviation of its weights at the start; its biases start at 0.
+    batch_norm: see above.
+    axis_name: mapped axis over which the batch statistics are averaged.
+    dtype: of the computation.
+  """
+
+  classes: int
+  init_std: float = 0.01
+  batch_norm: bool = False
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps float [b, d] to float32 logits [b, classes]."""
+    if self.batch_norm:
+      x = BatchNorm(self.axis_name, epsilon=1e-6, use_bias=False, use_scale=False, name="bn")(x, train)
+    logits = nn.Dense(self.classes, kernel_init=nn.initializers.normal(self.init_std), dtype=self.dtype, name="linear")(
+      x
+    )
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+class ClassifierNetwork(nn.Module):
+  """An encoder, then a classifier.
+
+  Attributes:
+    encoder, head: see above.
+    blocks: how many of a ViT's last blocks give their class tokens, each through the last norm, oldest first
+      (`eval_linear.py` of facebookresearch/dino); None: the head takes the encoder's own output.
+    mean_patches: whether the mean of the last block's patches stands behind these.
+    train_encoder: whether training trains the encoder too: its batch norms then use the batch's statistics.
+  """
+
+  encoder: nn.Module
+  head: nn.Module
+  blocks: int | None = None
+  mean_patches: bool = False
+  train_encoder: bool = True
+
+  def __call__(self, images: jax.Array, *, train: bool, **dropped: jax.Array) -> jax.Array:
+    return self.classify(images, train=train, **dropped)[0]
+
+  def classify(self, images, *, train, **dropped):
+    """Returns (logits [b, classes], the features [b, d] that they are made of)."""
+    if self.blocks is None:
+      x = self.encoder(images, train=train and self.train_encoder, **dropped)
+    else:
+      tokens = self.encoder.last_blocks(images, self.blocks)
+      last = [jnp.mean(tokens[-1][:, 1:], axis=1)] if self.mean_patches else []
+      x = jnp.concatenate([*(x[:, 0] for x in tokens), *last], axis=-1).astype(jnp.float32)
+    return self.head(x, train=train), x
+
+
 class Network(nn.Module):
   """An encoder, then a projector."""
 

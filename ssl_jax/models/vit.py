@@ -50,7 +50,8 @@ class ViT(nn.Module):
   """A vision transformer with a class token and no classifier.
 
   It returns what `features` says: "cls", the class token after the last norm; "mean", the mean of the patches' tokens
-  after it; or "flat", all of those, flattened, which keeps spatial positions apart.
+  after it; "flat", all of those, flattened, which keeps spatial positions apart; or "pooled", the mean of the patches'
+  tokens before it, and a norm of its own behind that, in its place (MAE's fine-tuning; timm's `fc_norm`).
 
   Attributes:
     patch_size, dim, depth, heads, mlp_ratio: its shape.
@@ -110,8 +111,8 @@ class ViT(nn.Module):
       raise UserError(f"encoder.resize must be offset or antialiased, got {self.resize!r}.")
     if self.ffn not in ("mlp", "swiglu"):
       raise UserError(f"encoder.ffn must be mlp or swiglu, got {self.ffn!r}.")
-    if self.features not in ("cls", "mean", "flat"):
-      raise UserError(f"encoder.features must be cls, mean or flat, got {self.features!r}.")
+    if self.features not in ("cls", "mean", "flat", "pooled"):
+      raise UserError(f"encoder.features must be cls, mean, flat or pooled, got {self.features!r}.")
     patch = (self.patch_size, self.patch_size)
     self.patch_embed = PatchEmbed(self.dim, patch, self.patch_init, self.patch_bias, self.dtype)
     self.cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim))
@@ -129,6 +130,7 @@ class ViT(nn.Module):
     )
     self.blocks = [block() for _ in range(self.depth)]
     self.norm = layer_norm(self.dtype, self.recompute)
+    self.fc_norm = layer_norm(self.dtype, self.recompute)  # one of the two has parameters, by `features`
 
   def __call__(self, images: jax.Array, *, train: bool, uniforms: jax.Array | None = None) -> jax.Array:
     """Maps float [b, H, W, C] to float32 [b, features].
@@ -136,7 +138,10 @@ class ViT(nn.Module):
     `uniforms` [depth, 2, b] in [0, 1) decide which examples skip which branch; None drops none.
     """
     del train  # No batch statistics; the only randomness is `uniforms`.
-    tokens = _wide(self.norm(self.outputs(images, uniforms=uniforms)[-1]))
+    tokens = self.outputs(images, uniforms=uniforms)[-1]
+    if self.features == "pooled":
+      return _wide(self.fc_norm(jnp.mean(_wide(tokens[:, 1 + self.registers :]), axis=1)))
+    tokens = _wide(self.norm(tokens))
     if self.features == "cls":
       return tokens[:, 0]
     patches = tokens[:, 1 + self.registers :]

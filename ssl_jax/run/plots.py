@@ -25,13 +25,16 @@ def draw_curves(workdir: pathlib.Path, chance: float | None, title: str) -> None
     left.axhline(chance, color="gray", linestyle=":", label="chance")
   left.set(xlabel="step", ylabel="loss")
   left.legend()
-  scores = [(row["step"], row["knn_top1"]) for row in rows if "knn_top1" in row]
+  key, label = (
+    ("test_top1", "test images") if any("test_top1" in x for x in rows) else ("knn_top1", "k-NN of the encoder")
+  )
+  scores = [(row["step"], row[key]) for row in rows if key in row]
   if scores:
-    right.plot(*np.array(scores).T, marker="o", label="k-NN of the encoder")
-    first = next(row for row in rows if "knn_top1" in row)
-    for key, style in (("pixels_top1", "--"), ("guessing_top1", ":")):
-      if key in first:
-        right.axhline(first[key], color="gray", linestyle=style, label=key.removesuffix("_top1"))
+    right.plot(*np.array(scores).T, marker="o", label=label)
+    first = next(row for row in rows if key in row)
+    for line, style in (("pixels_top1", "--"), ("guessing_top1", ":")):
+      if line in first:
+        right.axhline(first[line], color="gray", linestyle=style, label=line.removesuffix("_top1"))
     right.legend()
   else:
     right.text(0.5, 0.5, "no labels, no k-NN", ha="center", transform=right.transAxes)

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 def describe(run: "Run") -> list[str]:
   """What the user sees first."""
   config, params = run.config, run.state.params
-  encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["encoder"], params))
+  encoder = run.method.encoder(params, run.state.state)["params"]
+  encoder, all_of_it = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (encoder, params))
   images, channels = run.train_set, config.data.channels
   peak = optim.scaled_learning_rate(config.lr.base, config.batch_size, config.lr.scaling)
+  trained = "in all" if "encoder" in params else "are trained"
   lines = [
     f"devices: {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}, in {jax.process_count()} process(es)",
     f"data: {images.name} {images.split}, {len(images):,} images {images.kind}",
-    f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} in all",
+    f"{config.method.name}: {encoder:,} parameters in the encoder, {all_of_it:,} {trained}",
     f"state: {parallel.bytes_a_device(run.state) / 2**20:,.1f} MiB a device"
     f"{', sharded' if config.parallel.shard_state else ''}",
     f"batch {config.batch_size}, {run.steps_per_epoch} steps an epoch, {run.steps} steps, ending at {run.last_step}",
@@ -41,8 +43,8 @@ def describe(run: "Run") -> list[str]:
       if labelled
       else "no labels"
     )
-    lines.append(f"{missing}: the online k-NN is off")
-  elif run.bank and config.knn.k > len(run.bank):
+    lines.append(f"{missing}: {'nothing is scored' if run.classifier else 'the online k-NN is off'}")
+  elif run.bank and not run.classifier and config.knn.k > len(run.bank):
     lines.append(f"knn.k={config.knn.k} is more than the {len(run.bank)} images of the bank: all of them vote")
   return [*lines, hint] if (hint := large_pages_hint()) else lines
 
@@ -60,8 +62,25 @@ def progress(run: "Run", row: dict) -> str:
   )
 
 
+def evaluated(run: "Run", row: dict) -> str:
+  """The line of an evaluation."""
+  step = f"step {row['step']}/{run.steps}"
+  if run.classifier:
+    return f"{step}  test {_top1(row)}, balanced {row['test_balanced']:.2f} %"
+  return f"{step}  k-NN top-1 {row['knn_top1']:.2f} %, balanced {row['knn_balanced']:.2f} %"
+
+
+def _top1(row):
+  return f"top-1 {row['test_top1']:.2f} % (95 %: {row['test_top1_low']:.2f} to {row['test_top1_high']:.2f})"
+
+
 def summary(config, rows: list[dict]) -> list[str]:
-  """What the encoder is worth, beside its untrained self and the pixels."""
+  """What the encoder is worth, beside its untrained self and the pixels; or what its classifier is, beside guessing."""
+  if classified := [row for row in rows if "test_top1" in row]:
+    guessed = f"; guessing {classified[0]['guessing_top1']:.2f} %" if "guessing_top1" in classified[0] else ""
+    return [
+      f"test {_top1(classified[-1])} on {classified[-1]['test_images']:,} images of {config.data.test_split}{guessed}"
+    ]
   scored = [row for row in rows if "knn_top1" in row]
   if not scored:
     return []

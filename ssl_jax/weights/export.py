@@ -76,9 +76,9 @@ def why_not(encoder: nn.Module, target: str, channels: int) -> str:
   if isinstance(encoder, ViT):
     if parts := [name for name in _PARTS if getattr(encoder, name) != getattr(ViT, name)]:
       return f"{target}'s class for a plain ViT has no {' or '.join(parts)}"
-    if target != "torchvision":
-      return ""
-    if encoder.features != "cls":
+    if target == "hf" and encoder.features == "pooled":
+      return "transformers' ViTModel has its norm before the pooling, and this encoder behind it"
+    if target == "torchvision" and encoder.features != "cls":
       return f"torchvision's VisionTransformer gives the class token, and the features are {encoder.features!r}"
   elif not isinstance(encoder, ResNet):
     return f"no library has a class for {type(encoder).__name__}"
@@ -223,10 +223,11 @@ def _timm(encoder, state, view, channels):
   if isinstance(encoder, ViT):
     shape = encoder.dim, encoder.depth, encoder.heads, encoder.patch_size
     name, width = _TIMM_VITS.get(shape, "vit_base_patch16_224"), encoder.dim
-    pool = {"cls": "token", "mean": "avg", "flat": ""}[encoder.features]
+    pool = {"cls": "token", "mean": "avg", "flat": "", "pooled": "avg"}[encoder.features]
     args = dict(img_size=view.size, patch_size=encoder.patch_size, embed_dim=encoder.dim, depth=encoder.depth)
     # Without fc_norm=False timm's mean is taken before the last norm, which gives other features.
-    args |= dict(num_heads=encoder.heads, mlp_ratio=encoder.mlp_ratio, global_pool=pool, fc_norm=False)
+    args |= dict(num_heads=encoder.heads, mlp_ratio=encoder.mlp_ratio, global_pool=pool)
+    args |= dict(fc_norm=encoder.features == "pooled")
     layers = dict(first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
   else:
     name, width = _RESNETS[tuple(encoder.stages), encoder.bottleneck], _width(encoder)

@@ -105,7 +105,7 @@ def _placed(value, leaf):
 
 
 def _kind(method):
-  return method.name, method.get("version")
+  return method.name, method.get("version"), method.get("train_encoder")
 
 
 def _names(keys) -> tuple[str, ...]:

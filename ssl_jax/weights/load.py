@@ -111,6 +111,7 @@ def load_weights(
     state[first] = layouts.with_channels(state[first], channels)
   if kind is ViT:
     _fit_positions(state, model, resize_positions, report)
+    _fit_norm(state, model, report)
   variables = _fit(state, model, str(path))
   report += [f"not loaded, in extra: {text}" for text in _groups(extra)]
   return Loaded(variables, extra, tuple(report))
@@ -256,6 +257,14 @@ def _fit_positions(state, model, resize, report):
     report.append(f"positions: interpolated from {there}x{there} to {wanted}x{wanted} patches")
 
 
+def _fit_norm(state, model, report):
+  """Puts a new norm behind the pooling in place of the last one, where the model has it there and the file has not."""
+  if model.features == "pooled" and "norm.weight" in state and "fc_norm.weight" not in state:
+    state["fc_norm.weight"] = np.ones_like(state.pop("norm.weight"))
+    state["fc_norm.bias"] = np.zeros_like(state.pop("norm.bias"))
+    report.append("the last norm is left out: the one behind the pooling, fc_norm, begins anew")
+
+
 def _fit(state, model, where):
   """The variables of the model out of a state dict, or a UserError that says what does not fit and why."""
   first, side = _first_layer(model)
@@ -270,7 +279,7 @@ def _fit(state, model, where):
     mine = layouts.facts(convert.to_torch(jax.tree.map(lambda x: np.empty(x.shape), shapes)))
     text = f"{where} holds {given}, and the model is {mine}: {error}"
     if "fc_norm.weight" in state:
-      text += " A norm behind the pooling (fc_norm) is a fine-tuned classifier's; this model's is before it."
+      text += " A norm behind the pooling (fc_norm) is a fine-tuned classifier's: give the model features='pooled'."
     if "pos_embed" not in state and getattr(model, "positions", "") == "learned":
       text += " Without positions in the file, they are fixed: positions='row_first' (MoCo v3) or 'column_first' (MAE)."
     raise UserError(text) from error

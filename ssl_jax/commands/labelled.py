@@ -1,0 +1,63 @@
+"""What finetune.py and eval_linear.py --protocol=linear share: a recipe for labels, made to fit a run's encoder."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections.config_flags import config_path
+
+from ssl_jax import build
+from ssl_jax.run import cluster, log
+from ssl_jax.run import workdir as workdirs
+from ssl_jax.run.cli import say
+
+_OWN = ("features", "positions", "drop_path")  # keys of `encoder` that a recipe for labels may have an opinion on
+
+
+def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
+  """A recipe for labels with the images, the sizes and the encoder of a run.
+
+  Its own stay the augmentation, the optimizer and the head, and what it says of the encoder's `features`, `positions`
+  and `drop_path`.
+
+  Args:
+    config: the recipe.
+    source: the run's workdir.
+    given: keys that the user set, which hold in any case: dotted, with their values.
+
+  Raises:
+    UserError: the folder is not a run.
+  """
+  there = build.read_config(source)
+  there.data.window = there.data.get("window") or workdirs.read_resolved(source).get("window")  # as the run measured it
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if not {"data.name", "data.folder"} & set(given):
+      config.data.update(there.data)
+    config.data.channels = there.data.channels
+    config.method.classes = None  # the data tell it
+    own = {key: config.encoder[key] for key in _OWN if key in config.encoder}
+    config.encoder = ml_collections.ConfigDict(build.encoder_section(there) | own)
+    seen = {key: there.views[0].get(key, ()) for key in ("mean", "std")} | {"size": there.views[0]["size"]}
+    config.views = tuple({**view, **seen} for view in config.views)
+    config.eval_view.update(there.eval_view)
+    for key, value in given.items():
+      config_path.set_value(key, config, value, accept_new_attributes=True)
+  return config
+
+
+def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: Any) -> None:
+  """Writes the figures of a run's last evaluation to a JSON file, and prints them as the last line."""
+  rows = [row for row in log.read_rows(workdir / "metrics.jsonl") if "test_top1" in row]
+  if not rows:
+    say(f"not scored: data.test_split={config.data.test_split!r} names no images of classes that were trained on")
+    return
+  last = {key.removeprefix("test_"): x for key, x in rows[-1].items()}
+  guessing = {key: x for key, x in rows[0].items() if key == "guessing_top1"}
+  settings = {"learning_rate": config.lr.base, "epochs": config.epochs, "batch_size": config.batch_size}
+  figures = facts | {"labels": config.method.get("labels") or "all"} | settings | last | guessing
+  if cluster.is_main():
+    workdirs.write_whole(path, json.dumps(figures, indent=2) + "\n")
+  say(json.dumps(figures))
