@@ -172,7 +172,10 @@ VERSIONS = {
   "dino_quickstart": ["resnet", "vit"],
 }
 RECIPES = [
-  f"{file.stem}:{version}" for file in sorted(CONFIGS.glob("*.py")) for version in VERSIONS.get(file.stem, [""])
+  f"{file.stem}:{version}"
+  for file in sorted(CONFIGS.glob("*.py"))
+  for version in VERSIONS.get(file.stem, [""])
+  if file.stem != "own_images"  # its encoders are those of others
 ]
 
 
