@@ -77,7 +77,7 @@ def main():
   for version in args.versions.split(","):
     for microbatch in (0, args.microbatch):
       flags = [f"--batch={args.batch}", f"--size={args.size}", f"--microbatch={microbatch}", f"--one={version}"]
-      subprocess.run([sys.executable, __file__, *flags], check=True, env=None)
+      subprocess.run([sys.executable, __file__, *flags], check=True)
 
 
 if __name__ == "__main__":

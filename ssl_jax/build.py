@@ -137,7 +137,7 @@ def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = l
     UserError: a mistake in the recipe or the data. Any other exception is a bug.
   """
   mesh = parallel.make_mesh()
-  device = decide.DeviceFacts(mesh.devices.flat[0].platform, mesh.size)
+  device = device_facts(mesh)
   searches = saved is None and "microbatch" in decide.open_keys(config)
   config, decided = settled(config, device, saved, tell)
   views, eval_view = configs.views(config), configs.eval_view(config)
@@ -181,6 +181,11 @@ def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = l
     extractor=extractor,
     painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
   )
+
+
+def device_facts(mesh: Mesh) -> decide.DeviceFacts:
+  """What the devices of a run are, for what a recipe leaves open."""
+  return decide.DeviceFacts(mesh.devices.flat[0].platform, mesh.size)
 
 
 def settled(

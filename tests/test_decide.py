@@ -19,7 +19,7 @@ from ssl_jax import advise, build, decide, fit
 from ssl_jax import config as configs
 from ssl_jax.data import folder, look
 from ssl_jax.errors import UserError
-from ssl_jax.run import log
+from ssl_jax.run import log, workdir
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CPU, GPU = decide.DeviceFacts("cpu", 1), decide.DeviceFacts("gpu", 1)
@@ -155,14 +155,18 @@ SMALL = {
 }
 
 
-def start(root, path, **given):
+def small(root, **given):
   config = recipe("own_images")
   with config.ignore_type():
     config.encoder.stages = ()
     config.update_from_flattened_dict({**SMALL, "data.folder": str(root), **given})
   for view in config.views:
     view.update(jitter=(0.0, 0.0, 0.0, 0.0), gray_p=0.0)  # which take long to compile
-  return train.main(config, path)
+  return config
+
+
+def start(root, path, **given):
+  return train.main(small(root, **given), path)
 
 
 def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path, capsys, monkeypatch):
@@ -170,6 +174,7 @@ def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path
   for i in range(24):
     photograph(root / f"{i}.png", i, (40, 36))
   monkeypatch.setattr(build.parallel, "make_mesh", lambda make=build.parallel.make_mesh: make(jax.devices()[:1]))
+  monkeypatch.setattr(train.plots, "draw_curves", lambda *_: None)
   assert start(root, tmp_path / "whole") == 0
   said = capsys.readouterr().out
   assert "views[0,1].size" in said and "the shorter side of most images is 36" in said
@@ -188,10 +193,11 @@ def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path
   assert_same_run(tmp_path / "whole", tmp_path / "parts", step=4)
   resolved = [json.loads((tmp_path / name / "resolved.json").read_text()) for name in ("whole", "parts")]
   assert resolved[0] == resolved[1] and ["data.channels", 3] in [row[:2] for row in resolved[0]["decided"]]
+  other, saved = small(root, **{"encoder.stem": "imagenet"}), workdir.saved(tmp_path / "parts")
   with pytest.raises(UserError, match=r"encoder\.stem: now 'imagenet', then 'patch'"):
-    start(root, tmp_path / "parts", **{"encoder.stem": "imagenet"})
-  restored = build.restore_encoder(tmp_path / "parts")
-  assert restored.config.views[0]["size"] == 32 and restored.features(np.zeros((1, 40, 40, 3), np.uint8)).shape[0] == 1
+    configs.check_same(decide.completed(other, saved.config), saved.config)
+  restored = build.restore(tmp_path / "parts")
+  assert restored.config.views[0]["size"] == 32 and restored.config.encoder.stem == "patch"
 
 
 class Compiled:
