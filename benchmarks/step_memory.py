@@ -1,83 +1,69 @@
 """The memory that a compiled step says it needs, beside what it takes: the rule by which a microbatch is found.
 
-  python benchmarks/step_memory.py [--batch=64] [--size=64] [--microbatch=16]
+  PYTHONPATH=. taskset -c 0 python benchmarks/step_memory.py --json=step_memory.json
 
-Trains own_images' default recipe on made-up images for three steps, one process for each case. On a CPU the peak is
-the most that the process held while it trained, less what it held before the first step; on other devices it is the
-allocator's.
+Three steps of `configs/own_images.py` from made-up images, with all that their state takes, in a process of its own for
+each case. On a CPU the peak is what that process grows by at most; on other devices it is the allocator's.
 """
 
-import argparse
-import pathlib
-import resource
-import runpy
-import subprocess
-import sys
-
+import common
+import jax
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[1]
+from ssl_jax import build, decide, fit, parallel
+from ssl_jax.data.look import DataFacts
 
 
-def measure(version, batch, size, microbatch):
-  import jax
-
-  from ssl_jax import build, decide, fit, parallel
-  from ssl_jax.data.look import DataFacts
-
-  config = runpy.run_path(str(ROOT / "configs" / "own_images.py"))["get_config"](version)
+def program(version, batch, size, microbatch):
+  """(compiled step, () -> state, images)."""
+  config = common.load_recipe(f"own_images:{version}")
   config.batch_size = batch
-  for view in config.views:
-    view["size"] = size if view["scale"] == "auto" or view["scale"][1] == 1 else size // 2
   mesh = parallel.make_mesh()
-  device = mesh.devices.flat[0]
   facts = DataFacts(10_000, ((size, size),), 3, 1, (0.5,) * 3, (0.25,) * 3)
-  config, _ = decide.decide(facts, decide.DeviceFacts(device.platform, mesh.size), config)
+  config, _ = decide.decide(facts, decide.DeviceFacts(mesh.devices.flat[0].platform, mesh.size), config)
   config.microbatch = microbatch
   made = build.program(config, mesh, 100, 10)
   images = {"image": np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)}
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), images)
-  compiled = made.train_step.trace(made.state, parallel.abstract(shapes, parallel.split(mesh))).lower().compile()
-  estimate = fit.step_bytes(compiled)
-  state = made.init()
-  jax.block_until_ready(state)
-  held = _resident()
-  state_bytes = parallel.bytes_a_device(made.state)
-  for _ in range(3):
-    state, row = compiled(state, parallel.put_batch(mesh, images))
-    jax.block_until_ready(row)
-  if device.platform == "cpu":
-    # The state is there before the first step; the most that the process ever held is the peak of the steps.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held + state_bytes
-  else:
-    peak = device.memory_stats()["peak_bytes_in_use"]
-  chunk = microbatch or batch
-  text = f"{version:<9} batch {batch}, {chunk} at once, views of {size}"
-  print(f"{text}: estimated {estimate / 2**20:,.0f} MiB, peak {peak / 2**20:,.0f} MiB, {estimate / peak:.2f} of it")
+  step = made.train_step.trace(made.state, parallel.abstract(shapes, parallel.split(mesh))).lower().compile()
+  jax.block_until_ready(made.init())  # which compiles it
+  return step, made.init, parallel.put_batch(mesh, images)
 
 
-def _resident():
-  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-  # Compiling may have taken more than the steps will: the high-water mark starts anew.
-  pathlib.Path("/proc/self/clear_refs").write_text("5")
-  return pages * resource.getpagesize()
+def make(*case):
+  step, init, images = program(*case)
+
+  def call():
+    state = init()
+    for _ in range(3):
+      state, row = step(state, images)
+    return float(row["loss"])
+
+  return call
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--batch", type=int, default=64)
-  parser.add_argument("--size", type=int, default=64)
-  parser.add_argument("--microbatch", type=int, default=16)
+  parser = common.arguments(__doc__)
   parser.add_argument("--versions", default="simclr,byol,mae")
-  parser.add_argument("--one", help=argparse.SUPPRESS)
+  parser.add_argument("--batch", type=int, default=256)
+  parser.add_argument("--size", type=int, default=64)
+  parser.add_argument("--microbatches", type=int, nargs="+", default=[64], help="beside the whole batch")
   args = parser.parse_args()
-  if args.one:
-    measure(args.one, args.batch, args.size, args.microbatch or None)
-    return
+  common.introduce()
+  rows = []
   for version in args.versions.split(","):
-    for microbatch in (0, args.microbatch):
-      flags = [f"--batch={args.batch}", f"--size={args.size}", f"--microbatch={microbatch}", f"--one={version}"]
-      subprocess.run([sys.executable, __file__, *flags], check=True)
+    for microbatch in (None, *args.microbatches):
+      case = version, args.batch, args.size, microbatch
+      estimate = fit.step_bytes(program(*case)[0]) / common.MIB
+      if jax.default_backend() == "cpu":
+        _, peak = common.alone(make, (version, 8, 32, None), case)
+      else:
+        make(*case)()
+        peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / common.MIB
+      rows.append(dict(version=version, microbatch=microbatch, estimate=estimate, peak=peak))
+      text = f"{version:<9} batch {args.batch}, {microbatch or args.batch} at once, views of {args.size}"
+      print(f"{text}: estimated {estimate:,.0f} MiB, peak {peak:,.0f} MiB", flush=True)
+  common.write_json(args, rows)
 
 
 if __name__ == "__main__":

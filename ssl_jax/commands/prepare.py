@@ -1,6 +1,12 @@
 """Prepares a data set on disk, without TensorFlow and without a network.
 
   python -m ssl_jax prepare folder DIR --data_dir=D [--name=NAME]
+  python -m ssl_jax prepare shards DIR --data_dir=D [--name=NAME]      tar (WebDataset) or parquet files
+  python -m ssl_jax prepare cifar10 --data_dir=D --from=FOLDER_OR_TAR
+  python -m ssl_jax prepare cifar100 --data_dir=D --from=FOLDER_OR_TAR
+  python -m ssl_jax prepare imagenet2012 --data_dir=D --from=FOLDER [--val_labels=FILE]
+  python -m ssl_jax prepare fashion_mnist --data_dir=D [--from=FOLDER]
+
 writes D/NAME/1.0.0 from what `data/sources.py` and `data/shards.py` describe. It is written to a folder beside it that
 is renamed at the end, so that a killed run leaves nothing that looks finished. The next run resumes it: manifest.json
 lists the finished shards and their checksums. A later run checks them, and writes damaged ones again.
