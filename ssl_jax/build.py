@@ -157,7 +157,7 @@ def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = l
   if searches:
     config, made, found = _with_microbatch(config, mesh, batch, steps, steps_per_epoch)
     decided = [*decided, found]
-    tell(f"microbatch {found.value}: {found.reason}")
+    tell(f"microbatch: {found.reason}")
 
   method, state = made.method, made.state
   extractor = features.Extractor(made.encoder, eval_view, mesh, config.batch_size)

@@ -76,7 +76,7 @@ def completed(config: Any, saved: Any) -> Any:
   """A recipe whose open keys have the values that a run of it was saved with."""
   config, saved = plain(config), ml_collections.ConfigDict(saved)
   for key in open_keys(config):
-    _set(config, key, _get(saved, key))
+    put(config, key, _get(saved, key))
   return config
 
 
@@ -103,13 +103,13 @@ def decide(data: DataFacts, device: DeviceFacts, config: Any) -> tuple[Any, list
     for key in open_keys(config):
       if re.fullmatch(pattern, key):
         value, reason = choose(key)
-        _set(config, key, value)
+        put(config, key, value)
         made.append(Decision(key, value, reason))
 
   for rule in (_images, _views, _encoder, _batch, _length):
     rule(data, device, config, settle)
   if config.microbatch == AUTO:
-    _set(config, "microbatch", None)
+    put(config, "microbatch", None)
   if left := open_keys(config):
     raise UserError(f"nothing decides {', '.join(left)}: give a value in place of {AUTO!r}.")
   return config, made
@@ -328,7 +328,8 @@ def _get(config, key):
   return holder[last]
 
 
-def _set(config, key, value):
+def put(config: Any, key: str, value: Any) -> None:
+  """Sets a dotted key, or one of a view, to a value of any type."""
   with config.ignore_type():
     holder, last = _place(config, key)
     holder[last] = value

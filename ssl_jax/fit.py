@@ -55,11 +55,14 @@ def microbatch(
     if fits or half % unit or batch_size % half or not half:
       break
     tried = half
-  of = "memory unknown" if memory is None else f"{_in_words(needed)} of the device's {_in_words(memory)}"
-  if fits:
-    reason = f"the whole batch at once: {of}" if tried is None else f"so many at once: {of}, twice as many do not fit"
+  of = "a memory that is not known" if memory is None else f"the device's {_in_words(memory)}"
+  taken = f"{_in_words(needed)} of {of}"
+  if not fits:
+    reason = f"no fewer than {tried or batch_size} images are possible and take {taken}: give smaller views"
+  elif tried is None:
+    reason = f"the whole batch at once takes {taken}"
   else:
-    reason = f"no less is possible, and it needs {of}: smaller views or a narrower encoder fit"
+    reason = f"{tried} images at once take {taken}, twice as many do not fit"
   return made, Decision("microbatch", tried, reason)
 
 

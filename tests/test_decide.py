@@ -2,7 +2,14 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
 import time
 import types
 
@@ -178,7 +185,7 @@ def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path
   assert start(root, tmp_path / "whole") == 0
   said = capsys.readouterr().out
   assert "views[0,1].size" in said and "the shorter side of most images is 36" in said
-  assert said.index("microbatch None: the whole batch at once") < said.index("first step done")
+  assert said.index("microbatch: the whole batch at once takes") < said.index("first step done")
   start(root, tmp_path / "parts", stop_after_steps=2)
 
   def never(*_):
@@ -209,12 +216,12 @@ class Compiled:
 @pytest.mark.parametrize(
   "memory, unit, want, words",
   [
-    (None, 4, None, "memory unknown"),
+    (None, 4, None, "a memory that is not known"),
     (10_000, 4, None, "the whole batch at once"),
-    (800 / fit.SHARE, 4, 8, "so many at once"),
-    (799 / fit.SHARE, 4, 4, "so many at once"),
-    (100, 4, 4, "no less is possible"),
-    (100, 16, 16, "no less is possible"),
+    (800 / fit.SHARE, 4, 8, "twice as many do not fit"),
+    (799 / fit.SHARE, 4, 4, "twice as many do not fit"),
+    (100, 4, 4, "no fewer than"),
+    (100, 16, 16, "no fewer than"),
   ],
 )
 def test_the_microbatch_is_halved_until_the_step_fits(memory, unit, want, words):
@@ -266,3 +273,43 @@ def test_a_long_run_tells_when_it_ends_and_what_a_quarter_of_it_takes():
   run.config.steps = 400
   assert "--config.steps=100" in log.outlook(run, 100, 16.0, now)[0]
   assert log.outlook(run, 100, 16_000.0, now) == []
+
+
+def test_every_command_of_the_page_is_one_that_parses_and_decides():
+  page = (CONFIGS.parent / "docs" / "own_images.md").read_text()
+  lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+  for line in lines:
+    script, *words = shlex.split(line)[1:]
+    if script != "train.py":
+      assert words[:3] == ["ssl_jax", "prepare", "shards"]
+      continue
+    (version,) = (match[1] or "simclr" for word in words if (match := re.fullmatch(r"--config=.*\.py:?(\w*)", word)))
+    config = recipe("own_images", version)
+    for key, value in (match.groups() for word in words if (match := re.fullmatch(r"--config\.(.+)=(.+)", word))):
+      decide.put(config, key, int(value) if value.isdecimal() else value)
+    configs.check_values(decide.decide(facts(), CPU, config)[0])
+  assert {
+    word.partition(":")[2] or "simclr" for line in lines for word in shlex.split(line) if "own_images" in word
+  } == {*VERSIONS}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path):
+  page = (CONFIGS.parent / "docs" / "own_images.md").read_text()
+  for i in range(40):
+    photograph(tmp_path / "DIR" / f"{i}.png", i)
+  with tarfile.open(tmp_path / "0.tar", "w") as tar:
+    for path in sorted((tmp_path / "DIR").iterdir()):
+      tar.add(path, path.name)
+  env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(CONFIGS.parent)}
+  for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):
+    words = shlex.split(line)[1:]
+    if words[0] == "-m":
+      (tmp_path / "DIR" / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes())
+    else:
+      words = [str(CONFIGS.parent / words[0]), *words[1:], "--config.stop_after_steps=1"]
+      words = [word.replace("configs/", f"{CONFIGS}/").replace("batch_size=32", "batch_size=8") for word in words]
+      words += [] if "--workdir" in line else [f"--workdir=runs/{len(os.listdir(tmp_path))}"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
