@@ -34,10 +34,14 @@ def on_data(config: Any, data: DataFacts) -> list[str]:
     if ineffective:
       what = "grey conversion, saturation and hue change nothing"
       lines.append(f"{', '.join(ineffective)}: {what} of grey images; brightness and contrast do")
-    if any(view.get("flip", 0.5) for view in config.views):
-      lines.append(
-        "views[0].flip: grey images are often text, digits or scans: where a mirror image differs, set it to 0"
-      )
+  return lines
+
+
+def on_images(config: Any, data: DataFacts) -> list[str]:
+  """Lines on what the images themselves are like, for any recipe."""
+  lines = []
+  if data.channels == 1 and any(view.get("flip", 0.5) for view in config.views):
+    lines.append("views[0].flip: grey images are often text, digits or scans: 0 where a mirror image means another")
   aspect = data.aspect if data.aspect >= 1 else 1 / data.aspect
   if aspect > LONG:
     shape = "wide as high" if data.aspect > 1 else "high as wide"

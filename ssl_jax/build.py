@@ -139,9 +139,14 @@ def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = l
   mesh = parallel.make_mesh()
   device = device_facts(mesh)
   searches = saved is None and "microbatch" in decide.open_keys(config)
+  was_open = decide.is_open(config)
   config, decided = settled(config, device, saved, tell)
   views, eval_view = configs.views(config), configs.eval_view(config)
   train_set = dataset(config, config.data.split).tried()
+  if config.data.folder and not was_open:
+    facts = look.look_at_files(files_of(config.data.folder, config.data.split), _GLANCE)
+    for line in (*advise.on_recipe(config), *advise.on_data(config, facts), *advise.on_images(config, facts)):
+      tell(line)
   configs.check(config, images=len(train_set), devices=mesh.size)
   bank, test_set = knn_sets(config, train_set)
 
@@ -195,18 +200,16 @@ def settled(
   decided: list[Decision] = []
   if not decide.is_open(config):
     configs.check_values(config)
-    if config.data.folder:
-      facts = look.look_at_files(files_of(config.data.folder, config.data.split), _GLANCE)
-      for line in (*advise.on_recipe(config), *advise.on_data(config, facts)):
-        tell(line)
     return config, decided
-  config = decide.plain(config)
+  config, told = decide.plain(config), []
   configs.check_values(config)
   if saved is not None:
     config, decided = decide.completed(config, saved.config), saved.decided
   else:
-    config, decided = decide.decide(facts_of(config), device, config)
-  for line in decide.table(decided):
+    facts = facts_of(config)
+    config, decided = decide.decide(facts, device, config)
+    told = advise.on_images(config, facts)
+  for line in (*decide.table(decided), *told):
     tell(line)
   configs.check_values(config)
   return config, decided
