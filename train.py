@@ -30,8 +30,8 @@ from ssl_jax.training import TrainState
 
 def main(config, workdir: pathlib.Path) -> int:
   """Trains. Returns the exit status: 0, or 128 + the number of the signal that ended the run."""
-  run = cluster.together(lambda: build.run(config))
-  cluster.check_alike(configs.facts(config) | run.facts())
+  run = cluster.together(lambda: build.run(config, workdirs.saved(workdir), say))
+  cluster.check_alike(configs.facts(run.config) | run.facts())
   with lock.held(workdir), cluster.listening_for_signals() as stopping:  # While it waits, a signal ends it at once.
     return go_on(run, workdir, stopping)
 

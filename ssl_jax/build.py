@@ -18,22 +18,26 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from ssl_jax import advise, data, decide, fit, flops, methods, models, optim, parallel, training
 from ssl_jax import config as configs
-from ssl_jax import data, flops, methods, models, optim, parallel, training
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.data import Dataset
+from ssl_jax.data import Dataset, look
 from ssl_jax.data.crop import centre_crop
+from ssl_jax.data.dataset import usable_cores
+from ssl_jax.data.folder import files_of
 from ssl_jax.data.image import as_pixels
 from ssl_jax.data.memory import InMemory
+from ssl_jax.decide import Decision
 from ssl_jax.errors import NoSplit, UserError
 from ssl_jax.evaluation import features, probe
 from ssl_jax.methods.base import AXIS, Context, Method
 from ssl_jax.run import checkpoint
-from ssl_jax.run.workdir import read_json, read_resolved
+from ssl_jax.run.workdir import Saved, read_json, read_resolved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
 
 _AT_ONCE = 256  # images that a restored encoder computes the features of
+_GLANCE = 64  # images of a folder that a recipe which leaves nothing open is compared with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,9 @@ class Run(Program):
   """A recipe with everything built from it that a run needs.
 
   Attributes beside those of `Program`:
-    config: the recipe, for what is written and told, and for when the loop logs, evaluates and saves.
+    config: the recipe with all that was decided, for what is written and told, and for when the loop logs, evaluates
+      and saves.
+    decided: what the recipe had left open.
     mesh: all devices of all processes.
     train_set: what it trains on.
     bank, test_set: labelled images for the online k-NN; None: there are none.
@@ -79,6 +85,7 @@ class Run(Program):
   """
 
   config: Any
+  decided: list[Decision]
   mesh: Mesh
   train_set: Dataset
   bank: Dataset | None
@@ -122,20 +129,34 @@ class Run(Program):
       "classes": list(self.train_set.classes),
       "steps": self.steps,
       "steps_per_epoch": self.steps_per_epoch,
+      "decided": configs.as_json([list(decision) for decision in self.decided]),
     }
 
 
-def run(config: Any) -> Run:
+def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = lambda line: None) -> Run:
   """Builds everything. Whatever is wrong with a recipe shows here, before anything is compiled.
+
+  Args:
+    config: the recipe.
+    saved: what a run of it was saved with, which decides what it leaves open; None: data and device do.
+    tell: is given what the user should know before anything is compiled, line by line.
 
   Raises:
     UserError: a mistake in the recipe or the data. Any other exception is a bug.
   """
-  configs.check_values(config)
-  mesh, views, eval_view = parallel.make_mesh(), configs.views(config), configs.eval_view(config)
+  mesh = parallel.make_mesh()
+  device = device_facts(mesh)
+  searches = saved is None and "microbatch" in decide.open_keys(config)
+  was_open = decide.is_open(config)
+  config, decided = settled(config, device, saved, tell)
+  views, eval_view = configs.views(config), configs.eval_view(config)
   train_set = dataset(config, config.data.split).tried()
   if "classes" in config.method:
     config, train_set = with_labels(config, train_set)
+  if config.data.folder and not was_open:
+    facts = look.look_at_files(files_of(config.data.folder, config.data.split), _GLANCE)
+    for line in (*advise.on_recipe(config), *advise.on_data(config, facts), *advise.on_images(config, facts)):
+      tell(line)
   configs.check(config, images=len(train_set), devices=mesh.size)
   bank, test_set = knn_sets(config, train_set)
 
@@ -144,7 +165,16 @@ def run(config: Any) -> Run:
   shapes = train_set.batch_shapes(views, config.batch_size)
   if made.method.takes_labels:
     shapes["label"] = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
-  traced = made.train_step.trace(made.state, parallel.abstract(shapes, parallel.split(mesh)))
+  batch = parallel.abstract(shapes, parallel.split(mesh))
+  traced = made.train_step.trace(made.state, batch)
+  count, device_peak = flops.count(traced.jaxpr), flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
+  peak = device_peak and device_peak * mesh.size
+  for line in advise.on_device(config, count, device, usable_cores(), peak):
+    tell(line)
+  if searches:
+    config, made, found = _with_microbatch(config, mesh, batch, steps, steps_per_epoch)
+    decided = [*decided, found]
+    tell(f"microbatch: {found.reason}")
 
   method, state = made.method, made.state
   extractor = features.Extractor(made.encoder, eval_view, mesh, config.batch_size)
@@ -152,9 +182,9 @@ def run(config: Any) -> Run:
   classifier = None
   if method.classifier:
     classifier = features.Extractor(method.classifier.network, eval_view, mesh, config.batch_size)
-  device_peak = flops.peak(mesh.devices.flat[0].device_kind, config.dtype)
   return Run(
     config=config,
+    decided=decided,
     mesh=mesh,
     train_set=train_set,
     bank=bank,
@@ -165,13 +195,64 @@ def run(config: Any) -> Run:
     steps_per_epoch=steps_per_epoch,
     last_step=min(steps, config.stop_after_steps or steps),
     **vars(made),
-    flops=flops.count(traced.jaxpr),
-    peak=device_peak and device_peak * mesh.size,
+    flops=count,
+    peak=peak,
     chance=method.chance(config.batch_size) if method.chance else None,
     extractor=extractor,
     classifier=classifier,
     painter=features.make_painter(method, eval_view, mesh) if method.pictures else None,
   )
+
+
+def device_facts(mesh: Mesh) -> decide.DeviceFacts:
+  """What the devices of a run are, for what a recipe leaves open."""
+  return decide.DeviceFacts(mesh.devices.flat[0].platform, mesh.size)
+
+
+def settled(
+  config: Any, device: decide.DeviceFacts, saved: Saved | None, tell: Callable[[str], None]
+) -> tuple[Any, list[Decision]]:
+  """(a config that leaves nothing open, what was decided), after a look at the images."""
+  decided: list[Decision] = []
+  if not decide.is_open(config):
+    configs.check_values(config)
+    return config, decided
+  config, told = decide.plain(config), []
+  configs.check_values(config)
+  if saved is not None:
+    config, decided = decide.completed(config, saved.config), saved.decided
+  else:
+    facts = facts_of(config)
+    config, decided = decide.decide(facts, device, config)
+    told = advise.on_images(config, facts)
+  for line in (*decide.table(decided), *told):
+    tell(line)
+  configs.check_values(config)
+  return config, decided
+
+
+def facts_of(config: Any) -> look.DataFacts:
+  """What the images that a recipe names are like, whatever it says of them."""
+  if config.data.folder:
+    return look.look_at_files(files_of(config.data.folder, config.data.split))
+  named = decide.plain(config)
+  named.data.channels = 3
+  return look.look_at(dataset(named, config.data.split))
+
+
+def _with_microbatch(config, mesh, batch, steps, steps_per_epoch):
+  """(the config with the microbatch that fits, its program, whose step is compiled already, the decision)."""
+
+  def compile_with(microbatch):
+    tried = decide.plain(config)
+    tried.microbatch = microbatch
+    made = program(tried, mesh, steps, steps_per_epoch)
+    return (tried, made), made.train_step.trace(made.state, batch).lower().compile()
+
+  group = config.method.get("bn_group_size") or config.encoder.get("bn_group_size") or 1
+  found = fit.microbatch(compile_with, config.batch_size, group * mesh.size, fit.memory_of(mesh))
+  ((config, made), compiled), decision = found
+  return config, dataclasses.replace(made, train_step=compiled), decision
 
 
 def start(run: Run) -> tuple[TrainState, list[str]]:

@@ -3,17 +3,18 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from ssl_jax import augment, methods, models, optim
+from ssl_jax import augment, decide, methods, models, optim
 from ssl_jax.data.dataset import Reading
 from ssl_jax.errors import UserError
 from ssl_jax.optim import LR_SETTINGS, RULE_SETTINGS, ParameterRules
-from ssl_jax.settings import Setting, each, flag, number, one_of, optional, positive, problems, span, text, whole
+from ssl_jax.settings import AUTO, Setting, each, flag, number, one_of, optional, positive, problems, span, text, whole
 
 # What may change between the runs of one workdir: it changes no number of the training, but by rounding. What a folder
 # holds is compared by itself.
@@ -58,8 +59,15 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
   "checkpoint_every_steps": whole(required=True),
   "keep_checkpoints": whole(required=True),
 }
+# What a recipe may leave to `decide`, by `auto()`; in a view, whose keys are plain values, by "auto".
+_OPEN = re.compile(
+  r"data\.channels|dtype|epochs|batch_size|microbatch|eval_every_epochs|log_every_steps|lr\.warmup_epochs"
+  r"|encoder\.(name|stem|width|patch_size|dim|depth|heads|bn_group_size)"
+  r"|method\.(queue_size|bn_group_size|(mlp|projector)\.bn_group_size)"
+  r"|views\[\d+\]\.(size|scale|blur_p|mean|std)|eval_view\.(mean|std)"
+)
 VIEW_SETTINGS = dict(  # the fields of augment.View
-  size=whole(required=True),
+  size=Setting(whole().holds, "a whole number of pixels, at least 1: views are square", required=True),
   scale=span(0, 1, "(]"),
   ratio=span(0, math.inf, "(]"),
   interpolation=one_of("bilinear", "bicubic"),
@@ -122,6 +130,11 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
+def auto() -> config_dict.FieldReference:
+  """A value that the recipe leaves to `decide`; it may be given a value of any type."""
+  return config_dict.FieldReference(AUTO, field_type=object)
+
+
 def copies(count: int, view: dict[str, Any]) -> tuple[dict[str, Any], ...]:
   """`count` views alike, each a dict of its own: one that stands in several places would change in all of them."""
   return tuple(dict(view) for _ in range(count))
@@ -157,10 +170,13 @@ def _with_tuples(mapping: Any) -> dict[str, Any]:
 
 
 def check_values(config: Any) -> None:
-  """Raises UserError with everything that is wrong with a recipe's values, a line a key; no data are needed."""
+  """Raises UserError with everything that is wrong with a recipe's values, a line a key; no data are needed.
+
+  What may be left to `decide` may be open. How values fit together is looked at where none of them is.
+  """
   given = config.to_dict()
   apart = {key: given.pop(key, None) for key in ("method", "encoder", "optimizer", "views")}
-  found = problems("", given, SETTINGS)
+  found = problems("", given, SETTINGS, _OPEN.fullmatch)
   for section, names, table_of in (
     ("method", methods.names(), lambda name: getattr(methods.find(name), "SETTINGS", None)),  # it need not have any
     ("encoder", models.ENCODERS, lambda name: models.SETTINGS["vit" if name.startswith("vit") else "resnet"]),
@@ -168,13 +184,15 @@ def check_values(config: Any) -> None:
   ):
     values = apart[section]
     name = values.get("name") if isinstance(values, dict) else None
+    if section == "encoder" and name == AUTO:
+      name = "resnet"  # which of them is open
     if name not in names:
       near = difflib.get_close_matches(str(name), names, 1, 0)[0]
       found.append(f"{section}.name must be one of {', '.join(names)}, got {name!r}; did you mean {near!r}?")
     elif table := table_of(str(name)):
-      found += problems(f"{section}.", values, table)
+      found += problems(f"{section}.", values, table, _OPEN.fullmatch)
   found += _view_problems(apart["views"], given.get("eval_view"), (given.get("data") or {}).get("channels"))
-  found = found or _joint_problems(config)
+  found = found or ([] if decide.open_keys(config) else _joint_problems(config))
   if found:
     lines = "".join(f"\n  {text}" for text in found)
     alone = found[0] if found[0].endswith("?") else f"{found[0]}."
@@ -185,12 +203,12 @@ def _view_problems(views, eval_view, channels):
   if not isinstance(views, tuple | list) or not views:
     return [f"views must be a tuple of dicts with the fields of augment.View, got {views!r}"]
   named = {f"views[{i}]": view for i, view in enumerate(views)}
-  found = [text for name, view in named.items() for text in problems(f"{name}.", view, VIEW_SETTINGS)]
+  found = [text for name, view in named.items() for text in problems(f"{name}.", view, VIEW_SETTINGS, _OPEN.fullmatch)]
   for name, view in (named | {"eval_view": eval_view}).items():
     mean, std = ((view.get(key) or ()) if isinstance(view, dict) else () for key in ("mean", "std"))
     if not isinstance(mean, tuple | list) or not isinstance(std, tuple | list):
       continue  # which is told already
-    if len(mean) not in (0, channels):
+    if channels != AUTO and len(mean) not in (0, channels):
       found.append(f"{name}.mean must be one number for each of data.channels={channels}, or empty, got {mean!r}")
     elif len(mean) != len(std):
       found.append(f"{name}.std must be as many numbers as mean, got {std!r}")
@@ -246,7 +264,12 @@ def schedule_length(config: Any, images: int) -> tuple[int, int]:
 
 def to_json(config: Any) -> dict[str, Any]:
   """The config as JSON holds it: plain dicts, lists and numbers."""
-  return json.loads(json.dumps(config.to_dict()))
+  return as_json(config.to_dict())
+
+
+def as_json(tree: Any) -> Any:
+  """A tree of plain values as it comes back from a JSON file."""
+  return json.loads(json.dumps(tree))
 
 
 def check_same(config: Any, saved: dict[str, Any]) -> None:

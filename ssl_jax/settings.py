@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+AUTO = "auto"  # in place of a value: `decide` finds one
+
 
 class Setting(NamedTuple):
   """The values of one key.
@@ -104,8 +106,13 @@ def factors() -> Setting:
   return each(Setting(holds, f"pairs of a regular expression and {factor.text}"))
 
 
-def problems(section: str, given: Any, table: Mapping[str, Any]) -> list[str]:
-  """What is wrong with the keys of a section, one text a key; `section` is its name with a dot behind, or empty."""
+def problems(
+  section: str, given: Any, table: Mapping[str, Any], may_be_open: Callable[[str], Any] = lambda key: False
+) -> list[str]:
+  """What is wrong with the keys of a section, one text a key; `section` is its name with a dot behind, or empty.
+
+  A key of which `may_be_open` is true may also be "auto".
+  """
   if not isinstance(given, Mapping):
     return [f"{section.removesuffix('.')} must be a group of keys, got {given!r}"]
   found = []
@@ -114,7 +121,9 @@ def problems(section: str, given: Any, table: Mapping[str, Any]) -> list[str]:
       near = difflib.get_close_matches(str(key), table, 1, 0)
       found.append(f"{section}{key} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
     elif isinstance(table[key], Mapping):
-      found += problems(f"{section}{key}.", value, table[key])
+      found += problems(f"{section}{key}.", value, table[key], may_be_open)
+    elif isinstance(value, str) and value == AUTO and may_be_open(f"{section}{key}"):
+      continue
     elif not table[key].holds(value):
       found.append(f"{section}{key} must be {table[key].text}, got {value!r}")
   for key, setting in table.items():

@@ -18,6 +18,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import simclr
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+CLOSED = [path for path in RECIPES if path.stem != "own_images"]  # which leaves values open: see test_decide
 SHARED = [
   "seed",
   "epochs",
@@ -78,7 +79,7 @@ def shrink(config):
 
 
 @pytest.mark.slow  # test_trajectories, test_lowering and test_all_methods have most of them
-@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+@pytest.mark.parametrize("path", CLOSED, ids=[path.stem for path in CLOSED])
 def test_every_recipe_builds_and_takes_a_step(path, monkeypatch):
   config = shrink(recipe(path))
   channels = config.data.channels
@@ -200,7 +201,7 @@ def bad_values(value):
   return math.nan, -1, 0.5, ("x",)  # of a key that is None: a whole number, a text or a flag
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CLOSED, ids=lambda path: path.stem)
 def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(path):
   config = recipe(path)
   configs.check_values(config)
@@ -311,7 +312,7 @@ def test_the_nearest_key_is_a_key():
 
 
 VARIANTS = [
-  *((path, ()) for path in RECIPES),
+  *((path, ()) for path in CLOSED),
   *((by_name("moco_imagenet"), (version,)) for version in ("v1", "v3", "v3_vit")),
   *((by_name("dino_imagenet"), (version,)) for version in ("boost", "vit_base")),
   *((by_name("dinov2_imagenet"), (version,)) for version in ("small", "ibot")),

@@ -173,7 +173,10 @@ VERSIONS = {
   "linear": ["simclr", "dino_vit_base"],
 }
 RECIPES = [
-  f"{file.stem}:{version}" for file in sorted(CONFIGS.glob("*.py")) for version in VERSIONS.get(file.stem, [""])
+  f"{file.stem}:{version}"
+  for file in sorted(CONFIGS.glob("*.py"))
+  for version in VERSIONS.get(file.stem, [""])
+  if file.stem != "own_images"  # its encoders are those of others
 ]
 
 

@@ -34,12 +34,14 @@ class Encoder(heads.nn.Module):
   """A linear layer on the mean of the columns, with batch norm or without: any image size."""
 
   batch_norm: bool = False
+  group: int | None = None
 
   @heads.nn.compact
   def __call__(self, x, *, train):
-    x = heads.nn.Dense(6)(jnp.mean(x, axis=(1, 3))[:, :8])
+    # A bias before batch norm has no gradient but rounding.
+    x = heads.nn.Dense(6, use_bias=self.group is None)(jnp.mean(x, axis=(1, 3))[:, :8])
     if self.batch_norm:
-      x = norm.BatchNorm(AXIS)(x, train)
+      x = norm.BatchNorm(AXIS, self.group)(x, train)
     return jnp.tanh(x)
 
 
@@ -49,11 +51,14 @@ class Head(heads.nn.Module):
     return heads.nn.Dense(5)(x)
 
 
-def make(name, microbatch, batch_norm=False):
-  encoder, momentum = Encoder(batch_norm), constant_momentum(0.9)
+def make(name, microbatch, batch_norm=False, group=None):
+  encoder, momentum = Encoder(batch_norm, group), constant_momentum(0.9)
   over = dict(axis_name=AXIS)
+  head, predictor = (
+    heads.Projector(hidden=6, features=5, bn_group_size=group, **over) if group else Head() for _ in range(2)
+  )
   if name == "simclr":
-    return simclr.simclr(encoder, Head(), temperature=0.5, microbatch=microbatch, **over)
+    return simclr.simclr(encoder, head, temperature=0.5, microbatch=microbatch, **over)
   if name == "moco":
     return moco.moco(encoder, Head(), queue_size=12, temperature=0.5, momentum=momentum, **over)
   if name == "moco_v3":
@@ -68,7 +73,7 @@ def make(name, microbatch, batch_norm=False):
   if name == "simsiam":
     return simsiam.simsiam(encoder, Head(), Head())
   if name == "byol":
-    return byol.byol(encoder, Head(), Head(), target_momentum=momentum)
+    return byol.byol(encoder, head, predictor, target_momentum=momentum)
   if name == "mae":
     tiny = vit.ViT(patch_size=4, dim=8, depth=1, heads=2, image_size=12, positions="column_first")
     return mae.mae(tiny, MAEDecoder(16, dim=8, depth=1, heads=2))
@@ -81,10 +86,10 @@ def make(name, microbatch, batch_norm=False):
   return dino.dino(encoder, head, teacher_temperature=optax.constant_schedule(0.04), teacher_momentum=momentum)
 
 
-def one_step(name, devices, microbatch, batch_norm=False):
+def one_step(name, devices, microbatch, batch_norm=False, group=None):
   """(state after a step of gradient descent, metrics)."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
-  method, optimizer = make(name, microbatch, batch_norm), optax.sgd(1.0)
+  method, optimizer = make(name, microbatch, batch_norm, group), optax.sgd(1.0)
   with_axis = jax.vmap(lambda _: training.make_init(method, optimizer, VIEWS[name], 1, 0)(), axis_name=AXIS)
   state = jax.device_put(jax.tree.map(lambda x: x[0], jax.jit(with_axis)(jnp.arange(1))), parallel.replicated(mesh))
   step = training.compile_step(training.make_step(method, optimizer, VIEWS[name], 0, microbatch), state, mesh)
@@ -102,6 +107,11 @@ def assert_alike(got, want):
 def test_without_batch_norm_a_step_by_microbatches_is_the_step_of_the_whole_batch(name, devices, microbatch):
   # float32 sums in another order
   assert_alike(one_step(name, devices, microbatch), one_step(name, 1, None))
+
+
+@pytest.mark.parametrize("name", ["simclr", pytest.param("byol", marks=pytest.mark.slow)])
+def test_with_batch_norm_in_groups_a_step_by_microbatches_is_the_step_of_the_whole_batch(name):
+  assert_alike(one_step(name, 1, 4, True, group=4), one_step(name, 1, None, True, group=4))
 
 
 @pytest.mark.parametrize("name", ["byol", "moco_v3"])

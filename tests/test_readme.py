@@ -122,7 +122,8 @@ def test_every_version_of_a_recipe_that_is_named_exists():
   assert len(named) > 10
   for path, version in named:
     config = recipe(path, "".join(version))
-    build.method_of(config, 100, 10)  # some recipes hand the version on, unseen
+    if "own_images" not in path:  # which test_decide builds, once all is decided
+      build.method_of(config, 100, 10)  # some recipes hand the version on, unseen
 
 
 def test_every_config_key_that_is_named_is_one_of_all_recipes():

@@ -1,14 +1,15 @@
 """Prepares a data set on disk, without TensorFlow and without a network.
 
   python -m ssl_jax prepare folder DIR --data_dir=D [--name=NAME]
+  python -m ssl_jax prepare shards DIR --data_dir=D [--name=NAME]      tar (WebDataset) or parquet files
   python -m ssl_jax prepare cifar10 --data_dir=D --from=FOLDER_OR_TAR
   python -m ssl_jax prepare cifar100 --data_dir=D --from=FOLDER_OR_TAR
   python -m ssl_jax prepare imagenet2012 --data_dir=D --from=FOLDER [--val_labels=FILE]
   python -m ssl_jax prepare fashion_mnist --data_dir=D [--from=FOLDER]
 
-writes D/NAME/1.0.0 from what `data/sources.py` describes. It is written to a folder beside it that is renamed at the
-end, so that a killed run leaves nothing that looks finished. The next run resumes it: manifest.json lists the finished
-shards and their checksums. A later run checks them, and writes damaged ones again.
+writes D/NAME/1.0.0 from what `data/sources.py` and `data/shards.py` describe. It is written to a folder beside it that
+is renamed at the end, so that a killed run leaves nothing that looks finished. The next run resumes it: manifest.json
+lists the finished shards and their checksums. A later run checks them, and writes damaged ones again.
 skipped.txt lists the images that could not be read.
 """
 
@@ -29,7 +30,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from ssl_jax.commands import Parser
-from ssl_jax.data import prepared, sources
+from ssl_jax.data import prepared, shards, sources
 from ssl_jax.data.fashion_mnist import PUBLISHED_AT, fashion_mnist_source
 from ssl_jax.errors import UserError
 from ssl_jax.run import cluster
@@ -105,9 +106,9 @@ def _path(text):
 def main(argv: Sequence[str] | None = None) -> int:
   """The command. Returns the exit status: 0, or 1 after printing one line about a mistake."""
   parser = Parser(prog="python -m ssl_jax prepare", description=__doc__.split("\n")[0])
-  names = ["folder", "cifar10", "cifar100", "imagenet2012", *SIZES]
+  names = ["folder", "shards", "cifar10", "cifar100", "imagenet2012", *SIZES]
   parser.add_argument("dataset", choices=names, metavar="dataset", help=", ".join(names[:-1]))
-  parser.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of images, after the word folder")
+  parser.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of images or shards, after that word")
   parser.add_argument("--data_dir", required=True, type=_path, help="folder to write dataset/version into")
   parser.add_argument(
     "--from",
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metavar="FOLDER",
     help=f"folder with the published files; CIFAR: or the tar file (default for Fashion-MNIST: {DEBIAN})",
   )
-  parser.add_argument("--name", help="of the data set (folder; default: the folder's name)")
+  parser.add_argument("--name", help="of the data set (folder, shards; default: the folder's name)")
   parser.add_argument(
     "--val_labels",
     type=_path,
@@ -124,11 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="imagenet2012: one wnid, or 'filename wnid', a line; or none",
   )
   args = parser.parse_args(argv)
-  is_folder = args.dataset == "folder"
+  is_folder = args.dataset in ("folder", "shards")
   if is_folder != (args.folder is not None) or (is_folder and args.source):
-    parser.error("images: folder DIR; published sets: NAME --from=FOLDER")
+    parser.error("images: folder DIR, or shards DIR; published sets: NAME --from=FOLDER")
   if (args.name and not is_folder) or (args.val_labels and args.dataset != "imagenet2012"):
-    parser.error("--name is for folder, --val_labels for imagenet2012")
+    parser.error("--name is for folder and shards, --val_labels for imagenet2012")
   if args.dataset.startswith(("cifar", "imagenet")) and not args.source:
     parser.error(f"{args.dataset} needs --from: nothing is downloaded")
   try:
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       write(fashion_mnist_source(_source_folder(args.source), **SIZES[args.dataset]), args.dataset, args.data_dir)
     elif is_folder:
       name = args.name or re.sub(r"\W", "_", args.folder.resolve().name.lower(), flags=re.ASCII)
-      write(sources.folder_source(args.folder), name, args.data_dir)
+      source_of = sources.folder_source if args.dataset == "folder" else shards.shards_source
+      write(source_of(args.folder), name, args.data_dir)
     elif args.dataset == "imagenet2012":
       write(sources.imagenet_source(args.source, args.val_labels), args.dataset, args.data_dir)
     else:

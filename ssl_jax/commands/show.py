@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from ssl_jax import augment, build, data
+from ssl_jax import augment, build, data, parallel
 from ssl_jax import config as configs
 from ssl_jax.commands import check_writable
 from ssl_jax.errors import UserError
@@ -78,6 +78,7 @@ def caption(number: int, view: augment.View, channels: int) -> str:
 
 def draw(config, out: pathlib.Path, count: int) -> int:
   """Writes the picture. Returns the exit status."""
+  config, _ = build.settled(config, build.device_facts(parallel.make_mesh()), None, cli.say)
   dataset = build.dataset(config, config.data.split)
   views, channels = configs.views(config), config.data.channels
   originals, drawn = first_views(config, dataset, count)

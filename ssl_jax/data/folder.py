@@ -82,19 +82,8 @@ def load_folder(
   """
   if channels < 1:
     raise UserError(f"data.channels must be at least 1, got {channels}.")
-  top = pathlib.Path(os.path.expanduser(folder))
-  if not top.is_dir():
-    raise UserError(f"data.folder: there is no folder {top}.")
-  if "[" in split:
-    raise UserError(f"a folder of images has no slices, and {split!r} is one: name a folder in {top}.")
-  root = split_folder(top, split)
-  if root is None and split != "train":
-    raise NoSplit(f"data.folder: {top} has no folder {split!r}.")
-  root = root or top
-  found = find_split(top, root)
+  root, found = _found(folder, split)
   names = found.names
-  if not names:
-    raise UserError("; ".join([f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)})", *found.notes]))
   parts = [name.split(os.sep, 1) for name in names]
   classes = sorted({part[0] for part in parts if len(part) > 1}, key=os.fsencode)
   number = {name: i for i, name in enumerate(classes)}
@@ -116,6 +105,29 @@ def load_folder(
   if array is None:  # whose crops are others
     return Streamed(images=files, fingerprint=f"{fingerprint}, one by one", reading=reading, **about)
   return InMemory(images=array, fingerprint=fingerprint, reading=reading, **about)
+
+
+def files_of(folder: str | os.PathLike, split: str, *, channels: int = 3, window: Window | None = None) -> Files:
+  """The image files that `load_folder` finds, none of them read. Raises as it does."""
+  root, found = _found(folder, split)
+  return Files(str(root), found.names, channels, window)
+
+
+def _found(folder, split):
+  """(the folder of a split, the images in it)."""
+  top = pathlib.Path(os.path.expanduser(folder))
+  if not top.is_dir():
+    raise UserError(f"data.folder: there is no folder {top}.")
+  if "[" in split:
+    raise UserError(f"a folder of images has no slices, and {split!r} is one: name a folder in {top}.")
+  root = split_folder(top, split)
+  if root is None and split != "train":
+    raise NoSplit(f"data.folder: {top} has no folder {split!r}.")
+  root = root or top
+  found = find_split(top, root)
+  if not found.names:
+    raise UserError("; ".join([f"data.folder: {root} holds no images ({', '.join(EXTENSIONS)})", *found.notes]))
+  return root, found
 
 
 def split_folder(top: pathlib.Path, split: str) -> pathlib.Path | None:

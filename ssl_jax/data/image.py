@@ -177,6 +177,22 @@ def page_count(source: str | os.PathLike | bytes) -> int:
     return reader(file).n_frames if reader is TiffImageFile else 1
 
 
+def channel_count(source: str | os.PathLike | bytes) -> int:
+  """How many channels an image is best read with: 1 for grey, 3 for colours, with alpha or without, else its bands.
+
+  Raises:
+    ImageError: as `read_image`.
+  """
+  with _reading(source) as file:
+    reader, _ = _kind(file)
+    if reader is None:
+      return _npy(file).shape[2]
+    image, wide = _open(file, reader)
+    if wide:
+      return _bands(file).shape[2]
+    return 1 if image.mode in (*_GREY, "LA", "La") else 3
+
+
 def _range(parts) -> Window | None:
   low, high = math.inf, -math.inf
   for part in parts:

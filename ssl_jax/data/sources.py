@@ -242,16 +242,16 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
   train, val = folder / _TRAIN_TAR, folder / _VAL_TAR
   if not train.is_file():
     raise UserError(f"there is no file {train}: --from must be the folder with {_TRAIN_TAR} (and {_VAL_TAR}).")
-  wnids = sorted(pathlib.Path(member.name).stem for _, member in _members(train) if member.name.endswith(".tar"))
+  wnids = sorted(pathlib.Path(member.name).stem for _, member in members(train) if member.name.endswith(".tar"))
   if not wnids or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
     raise UserError(f"{train} should hold one tar file a class (n01440764.tar, ...): download it again.")
   number = {wnid: i for i, wnid in enumerate(wnids)}
 
   def read_train(start):
     seen = 0
-    for tar, member in _members(train):
+    for tar, member in members(train):
       wnid = pathlib.Path(member.name).stem
-      for inner, image in _members(train, tar.extractfile(member)):
+      for inner, image in members(train, tar.extractfile(member)):
         seen += 1
         if seen > start:
           yield check_image(f"{wnid}/{image.name}", _content(train, inner, image), number[wnid])
@@ -267,7 +267,7 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
     labels = _val_labels(val, val_labels, number)
 
     def read_val(start):
-      for i, (tar, member) in enumerate(_members(val)):
+      for i, (tar, member) in enumerate(members(val)):
         if i >= start:
           name = pathlib.Path(member.name).name
           yield check_image(name, _content(val, tar, member), labels[name])
@@ -280,7 +280,7 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
   return Source(splits, wnids, fingerprint, description, homepage="https://image-net.org")
 
 
-def _members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
+def members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
   """Yields (tar, member) for the files of a tar file, or of `file`, a tar file inside it."""
   try:
     with tarfile.open(path if file is None else None, "r:", fileobj=file) as tar:
@@ -301,7 +301,7 @@ def _content(path, tar, member):
 
 def _val_labels(val, file, number):
   """{file name: label} of the validation images."""
-  names = sorted(pathlib.Path(member.name).name for _, member in _members(val))
+  names = sorted(pathlib.Path(member.name).name for _, member in members(val))
   try:
     lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:

@@ -82,7 +82,7 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
 SETTINGS = dict(
   name=text(required=True),
   target_momentum=number(0, 1, required=True),
-  mlp=dict(layers=whole(), hidden=optional(whole()), features=whole()),
+  mlp=dict(layers=whole(), hidden=optional(whole()), features=whole(), bn_group_size=optional(whole())),
 )
 
 

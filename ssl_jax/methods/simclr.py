@@ -76,7 +76,7 @@ def simclr(
 SETTINGS = dict(
   name=text(required=True),
   temperature=positive(required=True),
-  projector=dict(layers=whole(), hidden=optional(whole()), features=whole()),
+  projector=dict(layers=whole(), hidden=optional(whole()), features=whole(), bn_group_size=optional(whole())),
 )
 
 

@@ -22,6 +22,7 @@ class Projector(nn.Module):
     last_norm: after the last layer: None, "scale" (batch norm without offset) or "plain" (without gain and offset).
     kernel_init: of the linear layers.
     axis_name: mapped axis over which the batch statistics are averaged.
+    bn_group_size: examples that are normalised together, in place of all (see `BatchNorm`).
     dtype: of the computation.
   """
 
@@ -33,21 +34,21 @@ class Projector(nn.Module):
   last_norm: str | None = None
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   axis_name: str | None = None
+  bn_group_size: int | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps float [b, d] to float [b, features]."""
+    norm = functools.partial(BatchNorm, self.axis_name, self.bn_group_size, dtype=self.dtype)
     hidden = self.hidden or x.shape[-1]
     for i in range(1, self.layers):
       x = self.linear(hidden, nn.initializers.zeros if self.hidden_bias else None, f"linear{i}")(x)
-      x = nn.relu(BatchNorm(self.axis_name, dtype=self.dtype, name=f"bn{i}")(x, train))
+      x = nn.relu(norm(name=f"bn{i}")(x, train))
     x = self.linear(self.features, self.last_bias, f"linear{self.layers}")(x)
     if self.last_norm is None:
       return x
-    scale = self.last_norm == "scale"
-    norm = BatchNorm(self.axis_name, use_bias=False, use_scale=scale, dtype=self.dtype, name=f"bn{self.layers}")
-    return norm(x, train)
+    return norm(use_bias=False, use_scale=self.last_norm == "scale", name=f"bn{self.layers}")(x, train)
 
   def linear(self, features, bias, name):
     init = dict(kernel_init=self.kernel_init, bias_init=bias or nn.initializers.zeros)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -21,6 +22,9 @@ from ssl_jax.training import TrainState
 
 if TYPE_CHECKING:
   from ssl_jax.build import Run
+
+
+_SETTLED, _LONG = 10, 120  # steps until the end is estimated, and seconds that are left, for it to be told
 
 
 class Writer:
@@ -90,6 +94,7 @@ class Clock:
   """
 
   def __init__(self, step: int, batch_size: int):
+    self.outlook_from: float = step + _SETTLED
     self.batch_size, self.rate, self.share = batch_size, 0.0, 0.0
     self.restart(step)
 
@@ -109,6 +114,21 @@ class Clock:
       self.rate, self.share = (step - self.step) * self.batch_size / elapsed, self.waited / elapsed
       self.restart(step)
     return self.rate
+
+
+def outlook(run: "Run", step: int, rate: float, now: float) -> list[str]:
+  """When a run that takes minutes will end, at `rate` images a second, and what a quarter of it would take."""
+  config = run.config
+  seconds = (run.last_step - step) * config.batch_size / rate
+  if seconds < _LONG:
+    return []
+  end = time.strftime("%H:%M" if seconds < 20 * 3600 else "%a %d %b, %H:%M", time.localtime(now + seconds))
+  key = "steps" if config.steps else "epochs"
+  quarter = max(1, config[key] // 4)
+  steps = quarter if config.steps else quarter * run.steps_per_epoch
+  takes = report.format_duration(steps * config.batch_size / rate)
+  less = f"; --config.{key}={quarter}, in another --workdir, would take {takes}" if steps < run.steps else ""
+  return [f"at this rate it ends at {end}, evaluations aside{less}"]
 
 
 def make_writer(workdir: pathlib.Path, step: int) -> Writer | NoWriter:
@@ -139,6 +159,10 @@ def write_steps(
       row["mfu"] = run.flops * rate / config.batch_size / run.peak  # model FLOP utilisation
     writer.write(row)
     say(report.progress(run, row))
+    if step >= clock.outlook_from:
+      clock.outlook_from = math.inf  # once a start
+      for line in outlook(run, step, rate, time.time()):
+        say(line)
     if warning := monitors.collapse_warning(row):
       say(f"warning: {warning}")
   waiting.clear()

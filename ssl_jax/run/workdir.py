@@ -4,12 +4,13 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from ssl_jax import config as configs
 from ssl_jax.data import Dataset
+from ssl_jax.decide import Decision
 from ssl_jax.errors import UserError
 from ssl_jax.run import checkpoint, cluster
 from ssl_jax.run.cli import say
@@ -30,6 +31,21 @@ WRITTEN = (
 _TOLD = 10  # files that cannot be read are told one by one, up to so many
 
 
+class Saved(NamedTuple):
+  """What a run that has a checkpoint was started with: its config, and which of its values were decided then."""
+
+  config: dict[str, Any]
+  decided: list[Decision]
+
+
+def saved(workdir: pathlib.Path) -> Saved | None:
+  """What the run in a workdir goes on with; None: there is none."""
+  if not (workdir / "config.json").is_file() or not checkpoint.steps(workdir / "checkpoints"):
+    return None
+  decided = [Decision(*row) for row in read_resolved(workdir).get("decided", [])]
+  return Saved(read_json(workdir / "config.json"), decided)
+
+
 def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
   """Raises UserError if the workdir has a run with another config, or other files: steps would see other images."""
   for name in ("checkpoints", "tensorboard", "pictures"):
@@ -40,7 +56,7 @@ def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
   if not (workdir / "config.json").is_file():
     raise UserError(f"{workdir} has checkpoints but no config.json: take another --workdir.")
   configs.check_same(run.config, read_json(workdir / "config.json"))
-  then = {"window": None} | read_resolved(workdir)  # older versions measured none
+  then = {"window": None, "decided": []} | read_resolved(workdir)  # older versions measured and decided none
   differ = {key: (then[key], now) for key, now in run.resolved().items() if key in then and then[key] != now}
   if differ:
     texts = "; ".join(f"{key}: {before} then, now {now}" for key, (before, now) in differ.items())

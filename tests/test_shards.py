@@ -1,0 +1,145 @@
+"""Tar shards and parquet files become prepared sets: images byte by byte, labels, names, splits, and a restart."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_prepare import contents, picture, put, read_back, run
+
+from ssl_jax import data
+from ssl_jax.commands import prepare
+from ssl_jax.data import shards
+from ssl_jax.errors import UserError
+
+
+def write_tar(path, files):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, "w") as tar:
+    for name, content in files.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
+  return path
+
+
+def write_parquet(path, images, labels=None, names=None, group=2):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  columns = {"image": [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]}
+  if labels is not None:
+    columns["label"] = labels
+  table = pa.table(columns)
+  if names:
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+  pq.write_table(table, path, row_group_size=group)
+
+
+def test_tars_keep_their_images_their_order_their_classes_and_their_splits(tmp_path, capsys):
+  root = tmp_path / "in"
+  write_tar(
+    root / "set-train-0000.tar",
+    {"a/0.jpg": picture(0, "jpeg"), "a/0.cls": b"2\n", "a/1.cls": b"0", "a/1.png": picture(1), "._x.png": b"junk"},
+  )
+  write_tar(root / "set-train-0001.tar", {"2.png": picture(2), "3.png": b"broken", "3.cls": b"1", "4.cls": b"1"})
+  write_tar(root / "set-val-0000.tar", {"9.png": picture(9), "9.json": b'{"label": 1, "caption": "x"}'})
+  assert run("shards", root, f"--data_dir={tmp_path}", "--name=tars") == 0
+  folder = tmp_path / "tars" / "1.0.0"
+  assert "2 not readable" in capsys.readouterr().out
+  assert read_back(folder, "train") == [(picture(0, "jpeg"), 2), (picture(1), 0), (picture(2), -1)]
+  assert read_back(folder, "val") == [(picture(9), 1)]
+  assert (folder / "label.labels.txt").read_text().split() == ["0", "1", "2"]
+  skipped = (folder / "skipped.txt").read_text().splitlines()
+  assert [line.split("\t")[0] for line in skipped] == ["set-train-0001.tar/3", "set-train-0001.tar/4"]
+  assert len(data.load("tars", "train", data_dir=tmp_path)) == 3
+
+
+def test_classes_that_are_names_are_numbered_over_all_splits(tmp_path):
+  root = tmp_path / "in"
+  write_tar(root / "train" / "0.tar", {"0.png": picture(0), "0.cls": b"dog", "1.png": picture(1), "1.cls": b"bird"})
+  write_tar(root / "test" / "0.tar", {"0.png": picture(2), "0.cls": b"cat"})
+  source = shards.shards_source(root)
+  assert source.classes == ["bird", "cat", "dog"] and list(source.splits) == ["train", "test"]
+  assert [[item.label for item in source.splits[split](0)] for split in source.splits] == [[2, 0], [1]]
+
+
+def test_parquet_keeps_what_hugging_face_wrote(tmp_path):
+  root, names = tmp_path / "in", ["cat", "dog", "owl"]
+  images = [picture(i) for i in range(5)]
+  write_parquet(root / "data" / "train-00000-of-00002.parquet", images[:3], [0, 1, None], names)
+  write_parquet(root / "data" / "train-00001-of-00002.parquet", images[3:], [1, 0], names)
+  write_parquet(root / "data" / "test-00000-of-00001.parquet", [picture(7)], [2], names)
+  folder = prepare.write(shards.shards_source(root), "hf", tmp_path)
+  assert read_back(folder, "train") == list(zip(images, [0, 1, -1, 1, 0], strict=True))
+  assert read_back(folder, "test") == [(picture(7), 2)]
+  assert (folder / "label.labels.txt").read_text().split() == names
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_killed_run_goes_on_in_the_middle_and_ends_in_the_same_bytes(tmp_path, monkeypatch, kind):
+  root = tmp_path / "in"
+  images = [b"broken" if i in (0, 6) else picture(i) for i in range(11)]
+  for part in (0, 1):
+    some = range(11)[6 * part : 6 * part + 6]
+    if kind == "tar":
+      files = {
+        name: content for i in some for name, content in ((f"{i}.png", images[i]), (f"{i}.cls", b"%d" % (i % 2)))
+      }
+      write_tar(root / f"{part}.tar", files)
+    else:
+      write_parquet(root / f"{part}.parquet", [images[i] for i in some], [i % 2 for i in some], group=4)
+
+  def write(data_dir):
+    return prepare.write(shards.shards_source(root), "many", data_dir, shard_bytes=700)
+
+  whole = write(tmp_path / "whole")
+  want = [(images[i], i % 2) for i in range(11) if images[i] != b"broken"]
+  assert read_back(whole, "train") == want
+  check, seen = shards.check_image, []
+
+  def killed(name, *args):
+    if len(seen) == 8:
+      raise KeyboardInterrupt
+    seen.append(name)
+    return check(name, *args)
+
+  monkeypatch.setattr(shards, "check_image", killed)
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / "parts")
+  seen.clear()
+  folder = write(tmp_path / "parts")
+  assert 0 < len(seen) < 8 and contents(folder) == contents(whole)
+  monkeypatch.setattr(shards, "check_image", check)
+  for start in range(12):
+    labels = [item.label for item in shards.shards_source(root).splits["train"](start)]
+    assert labels == [i % 2 for i in range(start, 11)]
+
+
+@pytest.mark.parametrize(
+  "files, text",
+  [
+    ({}, "no .tar or .parquet files"),
+    ({"a.tar": b"", "b.parquet": b""}, "both .tar and .parquet files"),
+    ({"a.tar": b"no tar at all" * 99}, "a.tar is damaged, or no tar file"),
+    ({"a.parquet": b"no parquet"}, "a.parquet is damaged, or no parquet file"),
+  ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, capsys, files, text):
+  root = put(tmp_path / "in", files)
+  root.mkdir(exist_ok=True)
+  assert run("shards", root, f"--data_dir={tmp_path}", "--name=odd") == 1
+  err = capsys.readouterr().err
+  assert text in err and len(err.splitlines()) == 1
+
+
+def test_labels_of_two_kinds_and_files_without_images_are_refused(tmp_path):
+  write_tar(tmp_path / "in" / "0.tar", {"0.cls": b"1", "1.cls": b"dog"})
+  with pytest.raises(UserError, match="some labels are numbers and some are names"):
+    shards.shards_source(tmp_path / "in")
+  pq.write_table(pa.table({"text": ["a"], "n": np.arange(1)}), tmp_path / "0.parquet")
+  (tmp_path / "in" / "0.tar").unlink()
+  with pytest.raises(UserError, match="has no column of images, only text, n"):
+    shards.shards_source(tmp_path)
