@@ -284,9 +284,10 @@ def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cach
   out = finish(start(cache, "eval_knn.py", workdir, "--k=5,20"))
   figures = json.loads(out.splitlines()[-1])
   assert figures == json.loads((workdir / "knn.json").read_text())
-  assert set(figures) == {"step", "guessing_top1"} | {
-    f"k{k}_{name}" for k in (5, 20) for name in ("top1", "top5", "balanced")
-  }
+  names = [f"k{k}_{name}" for k in (5, 20) for name in ("top1", "top5", "balanced")]
+  intervals = {f"{name}_{end}" for name in (*names, "guessing_top1") for end in ("low", "high")}
+  assert set(figures) == {"step", "feature_norm", "guessing_top1", *names} | intervals
+  assert all(figures[f"{name}_low"] < figures[name] <= figures[f"{name}_high"] for name in names)
   last = rows(workdir)[-1]
   assert figures["step"] == 20
   assert all(figures[f"k20_{name}"] == last[f"knn_{name}"] for name in ("top1", "top5", "balanced"))
