@@ -274,9 +274,12 @@ def test_a_folder_without_labels_trains_without_knn(tmp_path, capsys):
     PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
   folder = {"data.folder": str(tmp_path), "data.split": "train", "batch_size": 8, "steps": 4, "data.channels": 3}
   assert train.main(small_config(**folder), tmp_path / "run") == 0
-  assert "no labels: the online k-NN is off" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "no labels: the online k-NN is off" in out and "without labels, which is no accuracy" in out
   assert (tmp_path / "run" / "curves.png").exists()
-  assert not any("knn_top1" in row for row in rows(tmp_path / "run"))
+  looks = [row for row in rows(tmp_path / "run") if "loss" not in row]
+  assert [row["step"] for row in looks] == [0, 3, 4] and not any("knn_top1" in row for row in looks)
+  assert all(1 < row["encoder_rankme"] < 24 and 0 < row["encoder_alignment"] < 2 for row in looks)
 
 
 def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cache, tmp_path):

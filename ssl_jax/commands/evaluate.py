@@ -1,4 +1,4 @@
-"""What eval_knn.py and eval_linear.py share: their flags, and the splits that these or the run name."""
+"""What eval_knn.py, eval_linear.py and judge share: their flags, and the splits that these or the run name."""
 
 import json
 import pathlib
@@ -34,6 +34,14 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
   """A labelled split of the data set that the flags or the run name; `why` says what needs its labels."""
   if not split:
     raise UserError("the run has no test split: name one by --test_split.")
+  loaded = find(config, split)
+  if not loaded.is_labelled:
+    raise UserError(f"{loaded.name} {loaded.split!r} has no labels, and {why}.")
+  return loaded
+
+
+def find(config: Any, split: str) -> Dataset:
+  """A split of the data set that the flags or the run name, labelled or not."""
   if FOLDER.value and (DATA.value or DATA_DIR.value):
     raise UserError("--folder and --data name two data sets: give one of them.")
   named = config.copy_and_resolve_references()
@@ -45,10 +53,7 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
     if named.data.folder:
       raise UserError("--data_dir is for a prepared data set, and the run's images are in a folder: give --data too.")
     named.data.data_dir = DATA_DIR.value
-  loaded = build.dataset(named, split)
-  if not loaded.is_labelled:
-    raise UserError(f"{loaded.name} {split!r} has no labels, and {why}.")
-  return loaded
+  return build.dataset(named, split)
 
 
 def features_of(

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ssl_jax import augment, parallel
-from ssl_jax.augment import EvaluationView
+from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset, Part
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Method
@@ -78,7 +78,8 @@ class Extractor:
 
   def __init__(self, encoder: nn.Module, view: EvaluationView, mesh: Mesh, batch_size: int, read: Read | None = None):
     self.view, self.mesh, self.batch_size = view, mesh, batch_size
-    read = read or reading(encoder)
+    self.read = read = read or reading(encoder)
+    self.paired: dict[View, Any] = {}  # the programs of `pairs`
 
     def extract(variables, batch):
       images, *others = batch
@@ -101,6 +102,28 @@ class Extractor:
   def all(self, variables: Any, dataset: Dataset) -> Features:
     """The features of all images that can be read, with or without a label; on every process."""
     return Features(*(np.concatenate(x) for x in zip(*self._batches(variables, dataset), strict=True)))
+
+  def pairs(self, variables: Any, dataset: Dataset, view: View, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The features of two views of each of about `count` images, float32 [n, d] each; on every process.
+
+    The images are evenly spaced, and the views are always the same.
+    """
+    if view not in self.paired:
+
+      def extract(variables, batch):
+        images, positions = batch
+        keys = augment.example_keys(0, jnp.int32(0), positions)
+        (drawn,) = augment.make_views(keys, images, (view, view))
+        return tuple(self.read(variables, x) for x in drawn)
+
+      self.paired[view] = parallel.compile_map(extract, self.mesh)
+    count = -(-min(count, len(dataset)) // self.mesh.size) * self.mesh.size
+    positions = np.array_split(np.arange(count, dtype=np.int32), jax.process_count())[jax.process_index()]
+    chosen = np.arange(count) * len(dataset) // count
+    examples = [dataset.example(int(chosen[i]), (view, view), (0, 0, int(i)))["image"] for i in positions]
+    batch = jax.tree.map(lambda *parts: np.stack(parts), *examples), positions
+    first, second = self.paired[view](variables, parallel.put_batch(self.mesh, batch))
+    return np.asarray(first), np.asarray(second)
 
   def _batches(self, variables, dataset):
     """Yields `Features` of a batch each."""
