@@ -123,7 +123,9 @@ def test_pairs_are_two_views_of_evenly_spaced_images_on_several_devices(mesh):
   (want,) = draw(np.arange(4), images[[0, 2, 5, 7]])
   np.testing.assert_allclose(first, want[0].reshape(4, -1), atol=1e-6)
   np.testing.assert_allclose(second, want[1].reshape(4, -1), atol=1e-6)
-  assert len(flat.pairs({}, dataset, view, 7)[0]) == 8  # on each device as many
+  seven = flat.pairs({}, dataset, view, 7)  # no multiple of the devices
+  np.testing.assert_array_equal(seven[0][0], first[0])
+  assert len(seven[0]) == len(seven[1]) == 7 and len(flat.pairs({}, dataset, view, 99)[0]) == 10
 
 
 def test_judge_tells_and_draws_what_images_without_labels_look_like_to_an_encoder(

@@ -104,9 +104,9 @@ class Extractor:
     return Features(*(np.concatenate(x) for x in zip(*self._batches(variables, dataset), strict=True)))
 
   def pairs(self, variables: Any, dataset: Dataset, view: View, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features of two views of each of about `count` images, float32 [n, d] each; on every process.
+    """The features of two views of each of at most `count` images, float32 [n, d] each; on every process.
 
-    The images are evenly spaced, and the views are always the same.
+    The images are evenly spaced, and the views are the same whenever and on however many devices they are drawn.
     """
     if view not in self.paired:
 
@@ -117,13 +117,14 @@ class Extractor:
         return tuple(self.read(variables, x) for x in drawn)
 
       self.paired[view] = parallel.compile_map(extract, self.mesh)
-    count = -(-min(count, len(dataset)) // self.mesh.size) * self.mesh.size
-    positions = np.array_split(np.arange(count, dtype=np.int32), jax.process_count())[jax.process_index()]
+    count = min(count, len(dataset))
     chosen = np.arange(count) * len(dataset) // count
+    filled = np.minimum(np.arange(-(-count // self.mesh.size) * self.mesh.size, dtype=np.int32), count - 1)
+    positions = np.split(filled, jax.process_count())[jax.process_index()]
     examples = [dataset.example(int(chosen[i]), (view, view), (0, 0, int(i)))["image"] for i in positions]
     batch = jax.tree.map(lambda *parts: np.stack(parts), *examples), positions
     first, second = self.paired[view](variables, parallel.put_batch(self.mesh, batch))
-    return np.asarray(first), np.asarray(second)
+    return np.asarray(first)[:count], np.asarray(second)[:count]
 
   def _batches(self, variables, dataset):
     """Yields `Features` of a batch each."""
