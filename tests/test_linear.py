@@ -20,6 +20,12 @@ from ssl_jax.run import log
 flags.FLAGS.mark_as_parsed()  # eval_linear.main reads them
 
 
+@pytest.fixture(autouse=True)
+def three_blocks(monkeypatch):
+  """Features are taken up 150 rows at a time: of the golden problem's 400 the last block is moved back."""
+  monkeypatch.setattr(linear, "_BLOCK", 150 * 24 * 8)
+
+
 @pytest.fixture(scope="module")
 def problem(golden):
   g, n = golden("logreg"), int(golden("logreg")["n_train"])
