@@ -7,16 +7,18 @@ The last line is JSON; the same figures are in WORKDIR/knn.json, those of other 
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from ssl_jax import build, parallel
 from ssl_jax.commands import evaluate
-from ssl_jax.commands.evaluate import BATCH_SIZE, STEP, TEST_SPLIT, WORKDIR, load
+from ssl_jax.commands.evaluate import BATCH_SIZE, FEATURES, STEP, TEST_SPLIT, WORKDIR, features_of, load
 from ssl_jax.errors import UserError
-from ssl_jax.evaluation.accuracy import guessing, knn_accuracy
-from ssl_jax.evaluation.features import Extractor
+from ssl_jax.evaluation import intervals, scores
+from ssl_jax.evaluation.accuracy import guessing, knn_scores
+from ssl_jax.evaluation.features import Extractor, reading
 from ssl_jax.run import cli
 from ssl_jax.run.cli import say
 from ssl_jax.settings import positive
@@ -40,7 +42,7 @@ def main() -> int:
   if not positive().holds(TEMPERATURE.value):
     raise UserError(f"--temperature must be a positive number, got {TEMPERATURE.value}.")
   restored = build.restore_encoder(workdir, STEP.value)
-  config = restored.config
+  config, read = restored.config, reading(restored.encoder, FEATURES.value)
   why = "k-NN classifies by labels"
   bank = load(config, BANK_SPLIT.value or config.data.split, why)
   queries = load(config, TEST_SPLIT.value or config.data.test_split, why)
@@ -55,27 +57,40 @@ def main() -> int:
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
-  extractor = Extractor(restored.encoder, restored.eval_view, mesh, batch_size)
-  bank_features, bank_labels = extractor(restored.variables, bank)
+  extractor = Extractor(restored.encoder, restored.eval_view, mesh, batch_size, read)
+  about = config, f"step_{restored.step}", {"features": FEATURES.value}
+  bank_features, bank_labels = features_of(extractor, restored.variables, bank, *about)
   if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
     say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
   if same:
     say("bank and queries are the same images: each is left out of its own neighbours")
-  query_features, labels = (bank_features, bank_labels) if same else extractor(restored.variables, queries)
+  query_features, labels = bank_features, bank_labels
+  if not same:
+    query_features, labels = features_of(extractor, restored.variables, queries, *about)
   exclude = np.arange(len(bank_features)) if same else None
   for role, x, features in (("bank", bank, bank_features), ("queries", queries, query_features)):
     if left_out := len(x) - len(features):
       say(f"{left_out:,} of the {role} cannot be read or {'has' if left_out == 1 else 'have'} no label: left out")
 
   figures: dict[str, float | int] = {"step": restored.step, "guessing_top1": guessing(bank_labels, labels)}
-  say(f"guessing the most frequent class: {figures['guessing_top1']:.2f} %")
+  figures["feature_norm"] = float(np.mean(np.linalg.norm(bank_features, axis=1)))
+  low, high = intervals.wilson(figures["guessing_top1"], len(labels))
+  figures |= {"guessing_top1_low": low, "guessing_top1_high": high}
+  say(f"guessing the most frequent class: {figures['guessing_top1']:.2f} % (95 %: {low:.2f} to {high:.2f})")
   for k in ks:
     if k > len(bank_features):
       say(f"k={k} is more than the {len(bank_features):,} images of the bank: all of them vote")
-    settings = dict(k=min(k, len(bank_features)), temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh)
-    score = knn_accuracy(bank_features, bank_labels, query_features, labels, **settings)
-    say(f"k={k:<4} top-1 {score['top1']:6.2f} %  top-5 {score['top5']:6.2f} %  balanced {score['balanced']:6.2f} %")
+    settings: dict[str, Any] = dict(
+      k=min(k, len(bank_features)), temperature=TEMPERATURE.value, exclude=exclude, mesh=mesh
+    )
+    found = knn_scores(bank_features, bank_labels, query_features, labels, **settings)
+    score = scores.summarise([scores.scored(found, labels, {}, most=min(5, k))], labels)
+    shown = [
+      f"{text} {score[name]:6.2f} % (95 %: {score[f'{name}_low']:.2f} to {score[f'{name}_high']:.2f})"
+      for name, text in (("top1", "top-1"), ("top5", "top-5"), ("balanced", "balanced"))
+    ]
+    say(f"k={k:<4} {'  '.join(shown)}")
     figures |= {f"k{k}_{name}": value for name, value in score.items()}
   evaluate.hand_over(figures, workdir, "knn")
   return 0

@@ -123,10 +123,10 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
 
 
 def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> None:
-  """Writes the row of an evaluation, where there are labels, and pictures/<step>.png, where the method has some."""
-  if row := during_training.evaluate(run, train, step):
-    writer.write(row)
-    say(report.evaluated(run, row))
+  """Writes the row of an evaluation, and pictures/<step>.png, where the method has some."""
+  row = during_training.evaluate(run, train, step)
+  writer.write(row)
+  say(f"step {step}/{run.steps}  {report.evaluation(row)}")
   drawn = during_training.pictures(run, train)
   if drawn is not None and cluster.is_main():
     path = workdir / "pictures" / f"{step:08d}.png"

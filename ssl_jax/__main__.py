@@ -3,6 +3,7 @@
   check      reads every image of a folder and says what training will find
   prepare    writes a data set on disk, ready to train on
   show       draws the views that a recipe makes of its first images
+  judge      tells what a run's features are like without labels, and draws nearest neighbours
   export     writes a run's encoder for timm, transformers or torchvision
 
 python -m ssl_jax COMMAND --help tells what a command takes.
@@ -11,7 +12,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show", "export")
+COMMANDS = ("check", "prepare", "show", "judge", "export")
 
 
 def main() -> int:

@@ -51,6 +51,15 @@ def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():
   assert "  encoder, as loaded     60.00 %" in report.summary(config, rows)
 
 
+def test_without_labels_the_summary_sets_the_features_beside_their_first_selves():
+  rows = [{"encoder_rankme": 2.0, "step": 0}, {"loss": 1.0}, {"encoder_rankme": 3.0, "encoder_effective_rank": 1.23456}]
+  lines = report.summary(types.SimpleNamespace(), rows)
+  assert (
+    lines[1:] == ["  untrained: rankme 2", "  trained: rankme 3  effective rank 1.235"] and "no accuracy" in lines[0]
+  )
+  assert report.summary(types.SimpleNamespace(init_from="weights.pth"), rows)[1] == "  as loaded: rankme 2"
+
+
 def test_what_is_not_finite_is_named_with_its_array():
   line = report.nonfinite(7, {"loss": np.nan, "grad_norm": 1.0}, {"params": {"w": np.array([1.0, np.inf])}})
   assert line.startswith("step 7 is not finite (loss): the first array that is not finite is ") and "w" in line

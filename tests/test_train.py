@@ -274,9 +274,12 @@ def test_a_folder_without_labels_trains_without_knn(tmp_path, capsys):
     PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
   folder = {"data.folder": str(tmp_path), "data.split": "train", "batch_size": 8, "steps": 4, "data.channels": 3}
   assert train.main(small_config(**folder), tmp_path / "run") == 0
-  assert "no labels: the online k-NN is off" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "no labels: the online k-NN is off" in out and "without labels, which is no accuracy" in out
   assert (tmp_path / "run" / "curves.png").exists()
-  assert not any("knn_top1" in row for row in rows(tmp_path / "run"))
+  looks = [row for row in rows(tmp_path / "run") if "loss" not in row]
+  assert [row["step"] for row in looks] == [0, 3, 4] and not any("knn_top1" in row for row in looks)
+  assert all(1 < row["encoder_rankme"] < 24 and 0 < row["encoder_alignment"] < 2 for row in looks)
 
 
 def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cache, tmp_path):
@@ -284,9 +287,10 @@ def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cach
   out = finish(start(cache, "eval_knn.py", workdir, "--k=5,20"))
   figures = json.loads(out.splitlines()[-1])
   assert figures == json.loads((workdir / "knn.json").read_text())
-  assert set(figures) == {"step", "guessing_top1"} | {
-    f"k{k}_{name}" for k in (5, 20) for name in ("top1", "top5", "balanced")
-  }
+  names = [f"k{k}_{name}" for k in (5, 20) for name in ("top1", "top5", "balanced")]
+  intervals = {f"{name}_{end}" for name in (*names, "guessing_top1") for end in ("low", "high")}
+  assert set(figures) == {"step", "feature_norm", "guessing_top1", *names} | intervals
+  assert all(figures[f"{name}_low"] < figures[name] <= figures[f"{name}_high"] for name in names)
   last = rows(workdir)[-1]
   assert figures["step"] == 20
   assert all(figures[f"k20_{name}"] == last[f"knn_{name}"] for name in ("top1", "top5", "balanced"))

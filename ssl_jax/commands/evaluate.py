@@ -1,15 +1,19 @@
-"""What eval_knn.py and eval_linear.py share: their flags, and the splits that these or the run name."""
+"""What eval_knn.py, eval_linear.py and judge share: their flags, and the splits that these or the run name."""
 
 import json
 import pathlib
 import re
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from ssl_jax import build
+from ssl_jax import config as configs
 from ssl_jax.data import Dataset
 from ssl_jax.errors import UserError
+from ssl_jax.evaluation import cache
+from ssl_jax.evaluation.features import Extractor
 from ssl_jax.run import cluster
 from ssl_jax.run.cli import say
 
@@ -19,6 +23,10 @@ DATA = flags.DEFINE_string("data", None, "a prepared data set; by default the ru
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where it is; by default the run's")
 FOLDER = flags.DEFINE_string("folder", None, "a folder of images, in place of --data")
 TEST_SPLIT = flags.DEFINE_string("test_split", None, "split that is scored; by default the run's")
+FEATURES = flags.DEFINE_string(
+  "features", None, "what is read off the encoder: cls, mean, cls+mean or flat, of a ResNet pooled or flat"
+)
+CACHE = flags.DEFINE_bool("cache", False, "keep the features in WORKDIR/features, and use them while nothing changes")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "images encoded at once, on all devices", lower_bound=1)
 
 
@@ -26,6 +34,14 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
   """A labelled split of the data set that the flags or the run name; `why` says what needs its labels."""
   if not split:
     raise UserError("the run has no test split: name one by --test_split.")
+  loaded = find(config, split)
+  if not loaded.is_labelled:
+    raise UserError(f"{loaded.name} {loaded.split!r} has no labels, and {why}.")
+  return loaded
+
+
+def find(config: Any, split: str) -> Dataset:
+  """A split of the data set that the flags or the run name, labelled or not."""
   if FOLDER.value and (DATA.value or DATA_DIR.value):
     raise UserError("--folder and --data name two data sets: give one of them.")
   named = config.copy_and_resolve_references()
@@ -37,19 +53,33 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
     if named.data.folder:
       raise UserError("--data_dir is for a prepared data set, and the run's images are in a folder: give --data too.")
     named.data.data_dir = DATA_DIR.value
-  loaded = build.dataset(named, split)
-  if not loaded.is_labelled:
-    raise UserError(f"{loaded.name} {split!r} has no labels, and {why}.")
-  return loaded
+  return build.dataset(named, split)
+
+
+def features_of(
+  extractor: Extractor, variables: Any, dataset: Dataset, config: Any, role: str, read: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+  """(features float32 [n, d], labels [n]) of the images with a label; with --cache kept, or from what was kept.
+
+  `role` says whose they are, and `read` what is read off the encoder, for the name and the key of a kept file.
+  """
+  if not CACHE.value:
+    return extractor(variables, dataset)
+  about = {"config": configs.to_json(config)} | read
+  name = "_".join([role, *(str(x) for x in read.values() if x)])
+  found = cache.features(extractor, variables, dataset, pathlib.Path(WORKDIR.value) / "features", name, about)
+  return found.features[found.labels >= 0], found.labels[found.labels >= 0]
+
+
+def place(workdir: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
+  """WORKDIR/name.suffix; figures of other data than the run's have the data's name behind: knn_photographs.json."""
+  other = FOLDER.value or DATA.value
+  return workdir / f"{name}{'_' + re.sub(r'[^A-Za-z0-9]+', '_', pathlib.Path(other).name) if other else ''}.{suffix}"
 
 
 def hand_over(figures: dict[str, Any], workdir: pathlib.Path, name: str) -> None:
-  """Writes the figures to WORKDIR/name.json, where one may write there, and prints them as the last line.
-
-  Those of other data than the run's have the data's name behind: knn_photographs.json.
-  """
-  other = FOLDER.value or DATA.value
-  path = workdir / f"{name}{'_' + re.sub(r'[^A-Za-z0-9]+', '_', pathlib.Path(other).name) if other else ''}.json"
+  """Writes the figures to a JSON file (see `place`), where one may write there, and prints them as the last line."""
+  path = place(workdir, name, "json")
   if cluster.is_main():
     try:
       path.write_text(json.dumps(figures, indent=2) + "\n")

@@ -163,6 +163,10 @@ class Dataset(abc.ABC):
     labels = "" if self.labels is None else f", labels {zlib.crc32(self.labels.tobytes()):08x}"
     return f"{len(self)} images {self.kind}{labels} {self.fingerprint}"
 
+  @abc.abstractmethod
+  def contents(self) -> str:
+    """What tells its pixels and labels from any others: of images in memory by all of them, else by their files."""
+
   @property
   @abc.abstractmethod
   def channels(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, in_short, in_words, split_named
 from ssl_jax.data.image import ImageError, Window
 from ssl_jax.data.memory import LARGEST, InMemory
-from ssl_jax.data.stream import Images, Streamed
+from ssl_jax.data.stream import Images, Streamed, file_print
 from ssl_jax.errors import NoSplit, UserError
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -46,6 +46,9 @@ class Files(Images):
 
   def name(self, i: int) -> str:
     return os.fsencode(self.names[i]).decode("utf-8", "backslashreplace")  # whatever bytes the name has
+
+  def contents(self) -> str:
+    return "\n".join(f"{self.name(i)} {file_print(self.source(i))}" for i in range(len(self)))
 
   def take(self, indices: np.ndarray) -> "Files":
     return dataclasses.replace(self, names=[self.names[i] for i in indices])

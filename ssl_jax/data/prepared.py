@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from ssl_jax.data.dataset import ALL_CORES, Dataset, Reading, check_channels, in_words, split_named, to_pixels
 from ssl_jax.data.image import ImageError, Window, read_image
 from ssl_jax.data.memory import LARGEST, InMemory
-from ssl_jax.data.stream import Images, Streamed
+from ssl_jax.data.stream import Images, Streamed, file_print
 from ssl_jax.errors import NoSplit, UserError
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -144,6 +144,10 @@ class Records(Images):
 
   def name(self, i: int) -> str:
     return f"record {self.place(i)} of {self.split}"
+
+  def contents(self) -> str:
+    files = [f"{path.name} {file_print(path)}" for path in sorted(pathlib.Path(self.folder).iterdir())]
+    return "\n".join([*files, self.split, repr(self.indices if self.indices is None else self.indices.tolist())])
 
   def take(self, indices: np.ndarray) -> "Records":
     chosen = indices if self.indices is None else self.indices[indices]

@@ -6,7 +6,9 @@ takes it. So nothing of the input is in a checkpoint, and a run resumes at its n
 
 import abc
 import dataclasses
+import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +24,15 @@ from ssl_jax.errors import UserError
 
 # Larger than what malloc keeps for each thread: Pillow's memory for a large image goes back as soon as it is cropped.
 PIL.Image.core.set_block_size(64 << 20)
+
+
+def file_print(path: str | os.PathLike) -> str:
+  """The size and the time of the last change of a file, or that there is none."""
+  try:
+    found = os.stat(path)
+  except OSError:
+    return "none"
+  return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 class Images(abc.ABC):
@@ -59,6 +70,10 @@ class Images(abc.ABC):
     """What it is called, for people."""
 
   @abc.abstractmethod
+  def contents(self) -> str:
+    """What tells them from any others: which they are, and size and time of change of the files that hold them."""
+
+  @abc.abstractmethod
   def take(self, indices: np.ndarray) -> "Images":
     """Some of the images."""
 
@@ -87,6 +102,10 @@ class Streamed(Dataset):
   """
 
   images: Images
+
+  def contents(self) -> str:
+    labels = b"" if self.labels is None else self.labels.tobytes()
+    return hashlib.sha256(labels + self.images.contents().encode()).hexdigest()
 
   @property
   def channels(self) -> int:

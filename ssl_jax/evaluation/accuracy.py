@@ -28,21 +28,37 @@ def knn_accuracy(
   exclude: np.ndarray | None = None,
   mesh: Mesh | None = None,
 ) -> dict[str, float]:
-  """Accuracies in percent, as of `knn.accuracy`: {"top1", "top5", "balanced"}. See `knn.knn_predict` for `exclude`.
+  """Accuracies in percent, as of `knn.accuracy`: {"top1", "top5", "balanced"}; arguments as of `knn_scores`."""
+  scores = knn_scores(bank, bank_labels, queries, labels, k=k, temperature=temperature, exclude=exclude, mesh=mesh)
+  return knn.accuracy(scores, labels, k=k)
+
+
+def knn_scores(
+  bank: np.ndarray,
+  bank_labels: np.ndarray,
+  queries: np.ndarray,
+  labels: np.ndarray,
+  *,
+  k: int,
+  temperature: float,
+  exclude: np.ndarray | None = None,
+  mesh: Mesh | None = None,
+) -> np.ndarray:
+  """The queries' scores [Q, C], as of `knn.knn_predict`, which says what `exclude` is; `labels` only count the classes.
 
   With a `mesh` each of its devices holds and searches its part of the bank; the answer is the same.
   """
   num_classes = int(max(bank_labels.max(), labels.max())) + 1
   if mesh is None or mesh.size == 1:
     settings: dict[str, Any] = dict(k=k, temperature=temperature, num_classes=num_classes, exclude=exclude)
-    return knn.accuracy(knn.knn_predict(bank, bank_labels, queries, **settings), labels, k=k)
+    return np.asarray(knn.knn_predict(bank, bank_labels, queries, **settings))
   knn.check_finite(bank=bank, queries=queries)
   fill = -len(bank) % mesh.size
   filled = np.pad(bank, ((0, fill), (0, 0))), np.pad(bank_labels, (0, fill), constant_values=-1)
   parts, part_labels = parallel.put_split(mesh, filled)
   exclude = np.full(len(queries), -1) if exclude is None else exclude
   search = _sharded_search(mesh, min(k, len(bank)), temperature, num_classes)
-  return knn.accuracy(np.asarray(search(parts, part_labels, queries, exclude)), labels, k=k)
+  return np.asarray(search(parts, part_labels, queries, exclude))
 
 
 @functools.lru_cache(maxsize=8)  # one compilation for all evaluations of a run

@@ -1,11 +1,11 @@
-"""What a run looks at while it trains: its encoder's k-NN accuracy or its classifier's own, and a method's pictures."""
+"""What a run looks at while it trains: how good its encoder or its classifier is, and the method's pictures."""
 
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from ssl_jax.evaluation import accuracy, knn, probe
+from ssl_jax.evaluation import accuracy, intervals, judge, knn
 from ssl_jax.run import cluster
 from ssl_jax.training import TrainState
 
@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 PICTURES = 8  # images that pictures are drawn of
 
 
-def evaluate(run: "Run", train: TrainState, step: int) -> dict[str, Any] | None:
-  """The row of an evaluation; None where there are no labels. All processes come here."""
+def evaluate(run: "Run", train: TrainState, step: int) -> dict[str, Any]:
+  """The row of an evaluation: the k-NN; without labels what `judge` measures. All processes come here."""
+  variables, when = run.method.encoder(train.params, train.state), {"step": step, "epoch": step / run.steps_per_epoch}
   if run.bank is None or run.test_set is None:
-    return None
+    looked_at = run.train_set.thinned(judge.IMAGES_IN_A_RUN)
+    found = judge.measure(run.extractor.all(variables, looked_at).features)
+    found |= judge.aligned(run.extractor, variables, looked_at, run.views[0])
+    return when | {f"encoder_{name}": value for name, value in found.items()}
   if run.classifier:
     return classified(run, train, step)
-  variables = run.method.encoder(train.params, train.state)
   features, labels, queries, answers = *run.extractor(variables, run.bank), *run.extractor(variables, run.test_set)
   settings = dict(k=min(run.config.knn.k, len(features)), temperature=run.config.knn.temperature)
   scores = accuracy.knn_accuracy(features, labels, queries, answers, mesh=run.mesh, **settings)
-  row = {"step": step, "epoch": step / run.steps_per_epoch} | {f"knn_{name}": x for name, x in scores.items()}
+  row = when | {f"knn_{name}": x for name, x in scores.items()}
   if step == 0 and cluster.is_main():  # alone: nothing here needs the other processes
     row["guessing_top1"] = accuracy.guessing(labels, answers)
     row |= accuracy.pixel_baselines(run.bank, run.test_set, run.eval_view, **settings)
@@ -37,7 +40,7 @@ def classified(run: "Run", train: TrainState, step: int) -> dict[str, Any]:
   assert run.classifier and run.method.classifier and run.bank and run.test_set
   logits, answers = run.classifier(run.method.classifier.variables(train.params, train.state), run.test_set)
   scores = knn.accuracy(logits, answers, k=5)
-  low, high = probe.wilson(scores["top1"], len(answers))
+  low, high = intervals.wilson(scores["top1"], len(answers))
   row = {"step": step, "epoch": step / run.steps_per_epoch} | {f"test_{name}": x for name, x in scores.items()}
   row |= {"test_top1_low": low, "test_top1_high": high, "test_images": len(answers)}
   if step == 0 and run.bank.labels is not None:

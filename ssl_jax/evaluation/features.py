@@ -10,9 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ssl_jax import augment, parallel
-from ssl_jax.augment import EvaluationView
+from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset, Part
+from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Method
+from ssl_jax.models.vit import ViT
+
+Read = Callable[[Any, jax.Array], jax.Array]  # (variables, images [b, H, W, C]) -> float32 [b, d]
 
 
 class Features(NamedTuple):
@@ -29,15 +33,57 @@ class Features(NamedTuple):
   indices: np.ndarray
 
 
-class Extractor:
-  """Computes the features of a data set, on all devices of a mesh; each process reads its part of a batch."""
+def reading(encoder: nn.Module, kind: str | None = None, blocks: int = 1) -> Read:
+  """What is read off an encoder as an image's features: a function (variables, images [b, H, W, C]) -> [b, d].
 
-  def __init__(self, encoder: nn.Module, view: EvaluationView, mesh: Mesh, batch_size: int):
+  Args:
+    encoder: a ViT or a ResNet.
+    kind: None: what the encoder gives. Of a ViT: "cls", the class tokens of the last `blocks` blocks, each through the
+      last norm, oldest first; "mean", the mean of the patches' tokens after the last norm; "cls+mean", both of these in
+      this order, which is what DINOv2's linear heads read; "flat", all patches' tokens. Of a ResNet: "pooled", the mean
+      of the last maps; "flat", all of them.
+    blocks: how many of the last blocks "cls" and "cls+mean" take the class token of.
+
+  Raises:
+    UserError: the encoder has no such features, or fewer blocks.
+  """
+  if not isinstance(encoder, ViT):
+    if kind not in (None, "pooled", "flat") or blocks != 1:
+      asked = f"--features={kind}" if kind not in (None, "pooled", "flat") else f"--blocks={blocks}"
+      raise UserError(f"{asked}: a ResNet has no class token and no patches; its features are pooled or flat.")
+  elif kind not in (None, "cls", "mean", "cls+mean", "flat"):
+    raise UserError(f"--features={kind}: a ViT's features are cls, mean, cls+mean or flat.")
+  elif not 1 <= blocks <= encoder.depth:
+    raise UserError(f"--blocks={blocks}: the encoder has {encoder.depth} blocks.")
+  elif blocks > 1 and kind not in ("cls", "cls+mean"):
+    raise UserError(f"--blocks={blocks} is for the class tokens: give --features=cls or --features=cls+mean.")
+  if kind not in ("cls", "cls+mean"):
+    whole: Any = encoder if kind is None else encoder.clone(features=kind)
+    return lambda variables, images: whole.apply(variables, images, train=False)
+
+  def tokens(variables, images):
+    outputs = encoder.apply(variables, images, blocks, method="last_blocks")
+    outputs = [x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in outputs]
+    parts = [x[:, 0] for x in outputs] + ([jnp.mean(outputs[-1][:, 1:], axis=1)] if kind == "cls+mean" else [])
+    return jnp.concatenate(parts, axis=1)
+
+  return tokens
+
+
+class Extractor:
+  """Computes the features of a data set, on all devices of a mesh; each process reads its part of a batch.
+
+  `read` says what is read off the encoder (see `reading`); None: what it gives.
+  """
+
+  def __init__(self, encoder: nn.Module, view: EvaluationView, mesh: Mesh, batch_size: int, read: Read | None = None):
     self.view, self.mesh, self.batch_size = view, mesh, batch_size
+    self.read = read = read or reading(encoder)
+    self.paired: dict[View, Any] = {}  # the programs of `pairs`
 
     def extract(variables, batch):
       images, *others = batch
-      return encoder.apply(variables, augment.evaluation_view(images, view), train=False), *others
+      return read(variables, augment.evaluation_view(images, view)), *others
 
     self.extract = parallel.compile_map(extract, mesh)
 
@@ -56,6 +102,29 @@ class Extractor:
   def all(self, variables: Any, dataset: Dataset) -> Features:
     """The features of all images that can be read, with or without a label; on every process."""
     return Features(*(np.concatenate(x) for x in zip(*self._batches(variables, dataset), strict=True)))
+
+  def pairs(self, variables: Any, dataset: Dataset, view: View, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The features of two views of each of at most `count` images, float32 [n, d] each; on every process.
+
+    The images are evenly spaced, and the views are the same whenever and on however many devices they are drawn.
+    """
+    if view not in self.paired:
+
+      def extract(variables, batch):
+        images, positions = batch
+        keys = augment.example_keys(0, jnp.int32(0), positions)
+        (drawn,) = augment.make_views(keys, images, (view, view))
+        return tuple(self.read(variables, x) for x in drawn)
+
+      self.paired[view] = parallel.compile_map(extract, self.mesh)
+    count = min(count, len(dataset))
+    chosen = np.arange(count) * len(dataset) // count
+    filled = np.minimum(np.arange(-(-count // self.mesh.size) * self.mesh.size, dtype=np.int32), count - 1)
+    positions = np.split(filled, jax.process_count())[jax.process_index()]
+    examples = [dataset.example(int(chosen[i]), (view, view), (0, 0, int(i)))["image"] for i in positions]
+    batch = jax.tree.map(lambda *parts: np.stack(parts), *examples), positions
+    first, second = self.paired[view](variables, parallel.put_batch(self.mesh, batch))
+    return np.asarray(first)[:count], np.asarray(second)[:count]
 
   def _batches(self, variables, dataset):
     """Yields `Features` of a batch each."""

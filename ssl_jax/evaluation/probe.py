@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_jax.errors import UserError
-from ssl_jax.evaluation import knn
 from ssl_jax.evaluation.linear import logistic_regression
+from ssl_jax.evaluation.scores import Scored, scored
 
 PENALTIES = tuple(np.logspace(-6, 5, 45).tolist())  # C
 
@@ -47,10 +47,10 @@ def parse_labels(text: str, key: str = "--labels") -> Labels:
   raise UserError(f"{key} must be all, a percentage such as 1%, or a number such as 5-per-class, got {text!r}.")
 
 
-def check_classes(labels: np.ndarray, test_labels: np.ndarray, wanted: Labels) -> None:
+def check_classes(labels: np.ndarray, test_labels: np.ndarray, wanted: Labels, chooses: bool = True) -> None:
   """Raises UserError where a classifier cannot be trained on so many of these labels, or cannot know a class it meets.
 
-  Labels below 0 are those of images without one.
+  Labels below 0 are those of images without one. `chooses`: something is chosen on held-out images.
   """
   counts = np.bincount(labels[labels >= 0])
   classes = np.flatnonzero(counts)
@@ -65,8 +65,10 @@ def check_classes(labels: np.ndarray, test_labels: np.ndarray, wanted: Labels) -
     raise UserError(
       f"--labels={100 * wanted.share:g}% of {counts.sum():,} images is fewer than the {len(classes)} classes."
     )
-  if max(map(wanted.of, counts.tolist())) < 2:
-    raise UserError("one labelled image a class leaves none to choose the penalty on: take two a class at least.")
+  if chooses and max(map(wanted.of, counts.tolist())) < 2:
+    raise UserError(
+      "one labelled image a class leaves none to choose on: take two a class at least, or leave no choice (--C=1)."
+    )
 
 
 def _classes(numbers):
@@ -104,8 +106,8 @@ def score(
   penalties: tuple[float, ...],
   rng: np.random.Generator,
   fit: Callable[..., Any] = logistic_regression,
-) -> dict[str, float]:
-  """Accuracies in percent of the refitted classifier, as of `knn.accuracy`, and its C. See the file's first lines."""
+) -> Scored:
+  """The answers of the refitted classifier, and its C. See the file's first lines."""
   num_classes = int(labels.max()) + 1
   chosen = penalties[0]
   if len(penalties) > 1:
@@ -113,16 +115,7 @@ def score(
     found = fit(features[~held], labels[~held], C=penalties, num_classes=num_classes)
     logits = np.einsum("nd,pkd->pnk", features[held], found.coef, optimize=True) + found.intercept[:, None]
     correct = np.sum(np.argmax(logits, axis=2) == labels[held], axis=1)
-    chosen = penalties[
-      max(range(len(penalties)), key=lambda p: (correct[p], -penalties[p]))
-    ]  # of equals the smallest C
+    best = max(range(len(penalties)), key=lambda p: (correct[p], -penalties[p]))  # of equals the smallest C
+    chosen = penalties[best]
   found = fit(features, labels, C=chosen, num_classes=num_classes)
-  return {**knn.accuracy(test_features @ found.coef[0].T + found.intercept[0], test_labels, k=5), "C": chosen}
-
-
-def wilson(percent: float, n: int) -> tuple[float, float]:
-  """The 95 % interval of a share of n independent images, in percent (Wilson, 1927)."""
-  z, p = 1.959964, percent / 100
-  centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-  half = z / (1 + z * z / n) * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
-  return 100 * (centre - half), 100 * (centre + half)
+  return scored(test_features @ found.coef[0].T + found.intercept[0], test_labels, {"C": chosen})

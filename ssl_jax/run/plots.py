@@ -36,9 +36,14 @@ def draw_curves(workdir: pathlib.Path, chance: float | None, title: str) -> None
       if line in first:
         right.axhline(first[line], color="gray", linestyle=style, label=line.removesuffix("_top1"))
     right.legend()
+    right.set(xlabel="step", ylabel="top-1 (%)")
   else:
-    right.text(0.5, 0.5, "no labels, no k-NN", ha="center", transform=right.transAxes)
-  right.set(xlabel="step", ylabel="top-1 (%)")
+    for key, style in (("encoder_rankme", "-"), ("encoder_effective_rank", "--")):
+      if ranks := [(row["step"], row[key]) for row in rows if key in row]:
+        right.plot(*np.array(ranks).T, marker="o", linestyle=style, label=key.removeprefix("encoder_"))
+        right.legend()
+    right.set(xlabel="step", ylabel="directions that the features use")
+    right.set_title("no labels, no k-NN", fontsize=8)
   figure.savefig(workdir / "curves.png", dpi=120)
 
 

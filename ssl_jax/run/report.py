@@ -62,12 +62,18 @@ def progress(run: "Run", row: dict) -> str:
   )
 
 
-def evaluated(run: "Run", row: dict) -> str:
-  """The line of an evaluation."""
-  step = f"step {row['step']}/{run.steps}"
-  if run.classifier:
-    return f"{step}  test {_top1(row)}, balanced {row['test_balanced']:.2f} %"
-  return f"{step}  k-NN top-1 {row['knn_top1']:.2f} %, balanced {row['knn_balanced']:.2f} %"
+def evaluation(row: dict) -> str:
+  """What an evaluation found, in a line."""
+  if "test_top1" in row:
+    return f"test {_top1(row)}, balanced {row['test_balanced']:.2f} %"
+  if "knn_top1" in row:
+    return f"k-NN top-1 {row['knn_top1']:.2f} %, balanced {row['knn_balanced']:.2f} %"
+  return in_words({name.removeprefix("encoder_"): x for name, x in row.items() if name.startswith("encoder_")})
+
+
+def in_words(measured: dict[str, float]) -> str:
+  """What was measured without labels: "rankme 12.3  effective rank 4.5"."""
+  return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measured.items())
 
 
 def _top1(row):
@@ -82,6 +88,14 @@ def summary(config, rows: list[dict]) -> list[str]:
       f"test {_top1(classified[-1])} on {classified[-1]['test_images']:,} images of {config.data.test_split}{guessed}"
     ]
   scored = [row for row in rows if "knn_top1" in row]
+  looked_at = [row for row in rows if "encoder_rankme" in row]
+  if not scored and looked_at:
+    begin = "as loaded" if getattr(config, "init_from", None) else "untrained"
+    return [
+      "without labels, which is no accuracy (docs/evaluation.md says what it tells):",
+      f"  {begin}: {evaluation(looked_at[0])}",
+      f"  trained: {evaluation(looked_at[-1])}",
+    ]
   if not scored:
     return []
   first, last = scored[0], scored[-1]
