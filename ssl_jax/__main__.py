@@ -4,6 +4,9 @@
   prepare    writes a data set on disk, ready to train on
   show       draws the views that a recipe makes of its first images
   export     writes a run's encoder for timm, transformers or torchvision
+  embed      writes the features of many images, with their names
+  neighbours finds the most similar images, by their features
+  duplicates finds images that are there more than once, by their features
 
 python -m ssl_jax COMMAND --help tells what a command takes.
 """
@@ -11,7 +14,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show", "export")
+COMMANDS = ("check", "prepare", "show", "export", "embed", "neighbours", "duplicates")
 
 
 def main() -> int:

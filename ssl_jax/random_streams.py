@@ -16,3 +16,5 @@ SLICES = 2**16 + 4  # LeJEPA: the directions of a step, the same for all example
 # The host's crops (`data.stream`) have NumPy generators, seeded by (seed, step, position, view, CROP). NumPy pads short
 # seeds with zeros: without a last number, view 0 of position 0 would have the generator of an epoch's order.
 CROP = 1
+# The copies that `duplicates` makes of images have generators of (row, 0, 0, 0, ALTERED).
+ALTERED = 2

@@ -182,6 +182,10 @@ class Dataset(abc.ABC):
     """What image i is called, for people."""
 
   @abc.abstractmethod
+  def stamp(self) -> str:
+    """What changes when any of the images or labels does: of files their names, sizes and times, in place of bytes."""
+
+  @abc.abstractmethod
   def original(self, i: int) -> np.ndarray:
     """Image i before any view is drawn of it, uint8 [H, W, C]. Raises `image.ImageError` where it cannot be read."""
 

@@ -46,6 +46,17 @@ class Files(Images):
   def name(self, i: int) -> str:
     return os.fsencode(self.names[i]).decode("utf-8", "backslashreplace")  # whatever bytes the name has
 
+  def stamp(self) -> str:
+    crc = 0
+    for i in range(len(self)):
+      try:
+        status = os.stat(self.source(i))
+        fact = f"{self.names[i]}\0{status.st_size} {status.st_mtime_ns}"
+      except OSError as error:  # which reading it will tell
+        fact = f"{self.names[i]}\0{error.strerror}"
+      crc = zlib.crc32(os.fsencode(fact), crc)
+    return f"{crc:08x}"
+
   def take(self, indices: np.ndarray) -> "Files":
     return dataclasses.replace(self, names=[self.names[i] for i in indices])
 

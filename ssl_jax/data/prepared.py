@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import zlib
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,12 @@ class Records(Images):
 
   def name(self, i: int) -> str:
     return f"record {self.place(i)} of {self.split}"
+
+  def stamp(self) -> str:
+    files = [(path.name, path.stat()) for path in sorted(pathlib.Path(self.folder).iterdir())]
+    facts = [self.split, *(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in files)]
+    chosen = b"" if self.indices is None else self.indices.tobytes()
+    return f"{zlib.crc32(chosen, zlib.crc32(' '.join(facts).encode())):08x}"
 
   def take(self, indices: np.ndarray) -> "Records":
     chosen = indices if self.indices is None else self.indices[indices]

@@ -7,6 +7,7 @@ takes it. So nothing of the input is in a checkpoint, and a run resumes at its n
 import abc
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ class Images(abc.ABC):
     """What it is called, for people."""
 
   @abc.abstractmethod
+  def stamp(self) -> str:
+    """See `Dataset.stamp`."""
+
+  @abc.abstractmethod
   def take(self, indices: np.ndarray) -> "Images":
     """Some of the images."""
 
@@ -102,6 +107,10 @@ class Streamed(Dataset):
 
   def image_name(self, i: int) -> str:
     return self.images.name(i)
+
+  def stamp(self) -> str:
+    labels = 0 if self.labels is None else zlib.crc32(self.labels.tobytes())
+    return f"{len(self)} images, {zlib.crc32(self.images.stamp().encode(), labels):08x}"
 
   def original(self, i: int) -> np.ndarray:
     return self.images.read(i)
