@@ -162,8 +162,9 @@ def start(run: Run) -> tuple[TrainState, list[str]]:
   """(the state before the first step, what was put into it in lines for people): see `init_from` of the config."""
   if not run.config.get("init_from"):
     return run.init(), []
-  settings = run.config.method, run.config.data.channels
-  return initial.start_from(pathlib.Path(os.path.expanduser(run.config.init_from)), run.init(), run.encoder, *settings)
+  path = pathlib.Path(os.path.expanduser(run.config.init_from))
+  settings = run.config.method, run.config.data.channels, bool(run.config.get("init_optimizer"))
+  return initial.start_from(path, run.init(), run.encoder, *settings)
 
 
 def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Program:
@@ -327,6 +328,17 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
     return run.method.encoder(begun.params, begun.state)
 
   return Restored(run.encoder, variables, run.step, run.config, eval_view, extractor, untrained)
+
+
+def restore_optimizer(workdir: str | os.PathLike, step: int) -> Any:
+  """The optimizer's state of a run's checkpoint. `restore` has found the checkpoint, and raises what this may raise."""
+  workdir = pathlib.Path(workdir)
+  config, resolved = ml_collections.ConfigDict(read_json(workdir / "config.json")), read_resolved(workdir)
+  mesh, steps = parallel.make_mesh(), resolved.get("steps", max(step, 1))
+  state = program(config, mesh, steps, resolved.get("steps_per_epoch", steps)).state
+  # Whole on every device, however it was split.
+  parts = {"opt_state": parallel.abstract(state.opt_state, parallel.replicated(mesh))}
+  return checkpoint.restore(workdir / "checkpoints", step, parts)["opt_state"]
 
 
 def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:

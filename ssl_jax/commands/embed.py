@@ -14,6 +14,7 @@ docs/embeddings.md.
   --out=E.npz          or E.parquet, which needs pyarrow
 """
 
+import json
 import os
 import pathlib
 import sys
@@ -38,6 +39,7 @@ def run(source: encoders.Source, folder: str | None, split: str | None, out: pat
   dataset, place = encoders.images_of(source, folder, split)
   about = source.facts() | {"images": dataset.stamp(), "window": dataset.window, "batch_size": extractor.batch_size}
   images = embeddings.Images(len(dataset), dataset.image_name, dataset.num_classes > 0, dataset.classes)
+  cluster.check_alike({key: json.dumps(value) for key, value in about.items()})
   say(f"{source.name}: {len(dataset):,} images of {dataset.name}")
   for note in dataset.notes:
     say(note)
