@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.errors import UserError
-from ssl_jax.settings import Setting, each, flag, number, one_of, optional, patterns, positive, text, whole
+from ssl_jax.settings import Setting, each, factors, flag, number, one_of, optional, patterns, positive, text, whole
 
 
 class ParameterRules(NamedTuple):
@@ -170,9 +170,72 @@ def clip_by_param_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.stateless_with_tree_map(lambda g, _: g * jnp.minimum(1.0, max_norm / (jnp.linalg.norm(g) + 1e-6)))
 
 
+_BLOCK = re.compile(r"encoder/blocks_(\d+)/")
+_EMBEDDINGS = re.compile(r"encoder/(patch_embed/|cls_token|pos_embed|mask_token|register_tokens)")
+
+
+def rate_factors(params: Any, layer_decay: float = 1.0, rates: Sequence[tuple[str, float]] = ()) -> Any:
+  """What each parameter's learning rate is multiplied with: a tree of numbers, `layer_decay` and `rates` together.
+
+  Layer-wise decay gives layer i of L + 1 the factor layer_decay^(L + 1 - i): the embeddings of `params["encoder"]` are
+  layer 0, its blocks layers 1 to L, and all else has the factor 1: its last norm, heads (`lr_decay.py` of
+  facebookresearch/mae, `param_groups.py` of facebookresearch/dinov2, which are the same).
+
+  Args:
+    params: parameter tree.
+    layer_decay: see above; 1: none.
+    rates: (regular expression, factor): the first that matches a parameter's whole path decides. Empty: none.
+
+  Raises:
+    UserError: the encoder has no blocks, an expression decides no parameter, or a parameter is matched by none.
+  """
+  names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  blocks = [int(found[1]) + 1 for name in names if (found := _BLOCK.match(name))]
+  if layer_decay != 1 and not blocks:
+    raise UserError(f"optimizer.layer_decay={layer_decay} needs an encoder with blocks, a ViT; take it out for others.")
+  layers, undecided = max(blocks, default=0) + 1, {expression for expression, _ in rates}
+
+  def factor(path, _):
+    name = path_name(path)
+    found = _BLOCK.match(name)
+    layer = int(found[1]) + 1 if found else 0 if _EMBEDDINGS.match(name) else layers
+    expression, rate = next(((x, rate) for x, rate in rates if re.fullmatch(x, name)), (None, 1.0))
+    if rates and expression is None:
+      raise UserError(f"optimizer.rates matches {name!r} by no expression: let the last pair be ('.*', 1.0).")
+    undecided.discard(expression)
+    return layer_decay ** (layers - layer) * rate
+
+  multipliers = jax.tree_util.tree_map_with_path(factor, params)
+  if undecided:
+    raise UserError(
+      f"optimizer.rates: {sorted(undecided)[0]!r} decides no parameter, since it matches none or comes after another "
+      f"that does; they are called {names[0]!r}, {names[-1]!r}."
+    )
+  return multipliers
+
+
+def scale_by_rates(layer_decay: float, rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+  """Multiplies whole updates, weight decay included, by `rate_factors`: learning rates of parameter groups."""
+
+  def init(params):
+    rate_factors(params, layer_decay, rates)  # so that a mistake shows before anything is compiled
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    return jax.tree.map(lambda rate, x: rate * x, rate_factors(updates, layer_decay, rates), updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": adamw}
 _OF_ALL = dict(
-  name=text(required=True), weight_decay=number(), weight_decay_end=optional(number()), clip=optional(positive())
+  name=text(required=True),
+  weight_decay=number(),
+  weight_decay_end=optional(number()),
+  clip=optional(positive()),
+  layer_decay=number(0, 1, ends="(]"),
+  rates=factors(),
 )
 _MOMENTUM = number(0, 1, ends="[)")
 # The keys of a recipe's section `optimizer`, by its name.
@@ -200,7 +263,7 @@ def make(
 
   Args:
     optimizer: its name and arguments; `weight_decay_end` makes the decay a cosine over the run, `clip` clips each
-      parameter's gradient.
+      parameter's gradient, `layer_decay` and `rates` multiply parameters' learning rates (`rate_factors`).
     rules: which parameters it treats differently.
     learning_rate: schedule.
     steps, steps_per_epoch: of the run.
@@ -211,6 +274,7 @@ def make(
   """
   arguments = dict(optimizer)
   name, clip, decay_end = arguments.pop("name"), arguments.pop("clip", None), arguments.pop("weight_decay_end", None)
+  layer_decay, rates = arguments.pop("layer_decay", 1.0), arguments.pop("rates", ())
   if name not in OPTIMIZERS:
     raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
   weight_decay = arguments.get("weight_decay", 0.0)
@@ -237,4 +301,6 @@ def make(
       return "frozen" if matches(path, rules.frozen) else "late" if matches(path, rules.late) else "trained"
 
     built = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(label, params))
+  if layer_decay != 1 or rates:
+    built = optax.chain(built, scale_by_rates(layer_decay, rates))
   return built if clip is None else optax.chain(clip_by_param_norm(clip), built)

@@ -94,6 +94,16 @@ def patterns() -> Setting:
   return each(Setting(_is_pattern, "regular expressions"))
 
 
+def factors() -> Setting:
+  """Pairs of a regular expression and what it multiplies by."""
+  factor = number()
+
+  def holds(x):
+    return isinstance(x, tuple | list) and len(x) == 2 and _is_pattern(x[0]) and factor.holds(x[1])
+
+  return each(Setting(holds, f"pairs of a regular expression and {factor.text}"))
+
+
 def problems(section: str, given: Any, table: Mapping[str, Any]) -> list[str]:
   """What is wrong with the keys of a section, one text a key; `section` is its name with a dot behind, or empty."""
   if not isinstance(given, Mapping):

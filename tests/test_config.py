@@ -238,6 +238,13 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
     ("quickstart", "method.name", "simcrl", "got 'simcrl'; did you mean 'simclr'?"),
     ("quickstart", "optimizer.name", "adam", "got 'adam'; did you mean 'adamw'?"),
     ("quickstart", "optimizer.eps", 0, "optimizer.eps must be a positive number, got 0"),
+    ("quickstart", "optimizer.layer_decay", 0, "optimizer.layer_decay must be a number in (0, 1], got 0"),
+    (
+      "quickstart",
+      "optimizer.rates",
+      ((".*", -1),),
+      "rates must be a tuple: pairs of a regular expression and a number",
+    ),
     ("quickstart", "no_decay", ("(",), "no_decay must be a tuple: regular expressions, got ('(',)"),
     ("quickstart", "views", (3,), "views[0] must be a group of keys, got 3"),
     ("quickstart", "views", (), "views must be a tuple of dicts"),

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ssl_jax import methods, optim
 from ssl_jax.errors import UserError
 from ssl_jax.methods.simclr import simclr
-from ssl_jax.models import resnet
+from ssl_jax.models import resnet, vit
 from ssl_jax.models.heads import SimCLRProjector
 
 NO_DECAY = (".*/bias", ".*/scale")
@@ -234,6 +235,75 @@ def test_a_config_names_the_optimizer_and_what_does_not_decay(x64, name):
   without = run(optim.OPTIMIZERS[name](schedule, without_bias), params, gradients)
   np.testing.assert_array_equal(got[-1]["b"], without[-1]["b"])
   assert np.abs(got[-1]["w"] - without[-1]["w"]).max() > 1e-6
+
+
+def draw_network(seed=0):
+  """Parameters named as those of a ViT with two blocks and a head, and the gradients of ten steps, in float64."""
+  rng = np.random.default_rng(seed)
+  encoder = ("cls_token", "patch_embed/proj/kernel", "blocks_0/mlp/fc1/bias", "blocks_1/ls1/gamma", "norm/scale")
+  names = [f"encoder/{name}" for name in encoder] + ["head/last_layer/weight_v", "decoder/blocks_0/cls_token"]
+  draw = lambda: unflatten_dict({tuple(name.split("/")): rng.normal(size=3) for name in names})  # noqa: E731
+  return draw(), [draw() for _ in range(STEPS)]
+
+
+def test_a_group_has_a_learning_rate_of_its_own_for_its_decay_too(x64):
+  params, gradients = draw_network()
+  rates = (("encoder/patch_embed/.*", 0.2), ("head/.*", 10.0), (".*", 1.0))
+  settings, rules = dict(name="adamw", weight_decay=0.3), optim.ParameterRules()
+  got = run(optim.make(dict(layer_decay=0.9, rates=rates, **settings), rules, schedule, STEPS, 1), params, gradients)
+  factors = {  # two blocks are layers 1 and 2 of 3
+    "encoder/cls_token": 0.9**3,
+    "encoder/patch_embed/proj/kernel": 0.9**3 * 0.2,
+    "encoder/blocks_0/mlp/fc1/bias": 0.9**2,
+    "encoder/blocks_1/ls1/gamma": 0.9,
+    "encoder/norm/scale": 1.0,
+    "head/last_layer/weight_v": 10.0,
+    "decoder/blocks_0/cls_token": 1.0,  # only the encoder has layers
+  }
+  got = [flatten_dict(step, sep="/") for step in got]
+  for name, factor in factors.items():
+    pick = lambda tree: {name: flatten_dict(tree, sep="/")[name]}  # noqa: B023, E731
+    alone = optim.make(settings, rules, lambda step: factor * schedule(step), STEPS, 1)  # noqa: B023
+    assert_history([{name: step[name]} for step in got], run(alone, pick(params), [pick(g) for g in gradients]))
+
+
+def test_layer_rates_of_vit_s_are_the_official_ones():
+  params = jax.eval_shape(vit.vit_small(patch_size=16).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=True)
+  rates = (("encoder/patch_embed/.*", 0.2), (".*", 1.0))
+  factors = flatten_dict(optim.rate_factors({"encoder": params["params"]}, 0.9, rates), sep="/")
+  want = {"pos_embed": 0.25419, "patch_embed/proj/bias": 0.050837, "blocks_0/attn/qkv/kernel": 0.28243}
+  want |= {"blocks_11/norm2/scale": 0.9, "norm/bias": 1.0}  # RECIPES2 11.8, from `param_groups.py` of DINOv2
+  for name, factor in want.items():
+    assert factors[f"encoder/{name}"] == pytest.approx(factor, rel=2e-5), name
+
+
+def test_frozen_and_late_parameters_stay_so_with_a_rate(x64):
+  params, gradients = draw_network()
+  rules = optim.ParameterRules(frozen=("encoder/patch_embed/.*",), late=("head/.*",), late_epochs=2)
+  settings = dict(name="adamw", weight_decay=0.3)
+  got = run(optim.make(settings | dict(rates=((".*", 0.5),)), rules, schedule, STEPS, 1), params, gradients)
+  want = run(optim.make(settings, rules, lambda step: 0.5 * schedule(step), STEPS, 1), params, gradients)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
+  patches = got[-1]["encoder"]["patch_embed"]["proj"]["kernel"]
+  np.testing.assert_array_equal(patches, params["encoder"]["patch_embed"]["proj"]["kernel"])
+
+
+@pytest.mark.parametrize(
+  "settings, told",
+  [
+    (dict(rates=(("encoder/.*", 0.1),)), r"matches 'decoder/blocks_0/cls_token' by no expression.*'\.\*', 1\.0"),
+    (dict(rates=((".*gama", 0.1), (".*", 1.0))), r"'\.\*gama' decides no parameter"),
+    (dict(rates=((".*", 0.1), ("head/.*", 1.0))), r"'head/\.\*' decides no parameter"),
+  ],
+)
+def test_rates_that_miss_a_parameter_are_refused(settings, told):
+  with pytest.raises(UserError, match=told):
+    optim.make(dict(name="adamw", **settings), optim.ParameterRules(), schedule, STEPS, 1).init(draw_network()[0])
+
+
+def test_layer_decay_of_an_encoder_without_blocks_is_refused():
+  with pytest.raises(UserError, match=r"layer_decay=0.9 needs an encoder with blocks"):
+    optim.rate_factors({"encoder": {"conv1": {"kernel": 0}}}, 0.9)
 
 
 def test_an_unknown_optimizer_or_argument_is_refused():
