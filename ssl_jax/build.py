@@ -26,9 +26,9 @@ from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.image import as_pixels
 from ssl_jax.data.memory import InMemory
 from ssl_jax.errors import NoSplit, UserError
-from ssl_jax.evaluation import features
+from ssl_jax.evaluation import features, guard
 from ssl_jax.methods.base import AXIS, Context, Method
-from ssl_jax.run import checkpoint
+from ssl_jax.run import checkpoint, log
 from ssl_jax.run.workdir import read_json, read_resolved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
@@ -172,6 +172,8 @@ def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Progra
   views, rules = configs.views(config), configs.parameter_rules(config)
   learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
   optimizer = optim.make(config.optimizer, rules, learning_rate, steps, steps_per_epoch)
+  if config.get("heads_first_steps"):
+    optimizer = optim.heads_first(optimizer, config.heads_first_steps)
   method, encoder = method_of(config, steps, steps_per_epoch)
   init = training.make_init(method, optimizer, views, config.data.channels, config.seed)
   step = training.make_step(method, optimizer, views, config.seed, config.microbatch)
@@ -313,7 +315,7 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
 
   Args:
     workdir: what train.py wrote to.
-    step: which checkpoint; None: the newest.
+    step: which checkpoint; None: the newest, or the best of a run with `guard`.
 
   Raises:
     UserError: there is no such run or checkpoint, or it cannot be read.
@@ -349,6 +351,8 @@ def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
   folder = workdir / "checkpoints"
   found = checkpoint.steps(folder)
+  if step is None and config.get("guard"):
+    step = guard.best_step([row for row in log.read_rows(workdir / "metrics.jsonl") if row["step"] in found])
   step = next(iter(found), None) if step is None else step
   if step is None:
     raise UserError(f"{folder} has no checkpoint yet.")

@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
   "seed": whole(0, 2**31 - 1, required=True),
   "init_from": optional(text()),
   "init_optimizer": optional(flag()),
+  "heads_first_steps": optional(whole()),
+  "guard": optional(flag()),
   "epochs": whole(required=True),
   "steps": optional(whole()),
   "stop_after_steps": optional(whole()),
@@ -84,6 +86,8 @@ def base() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init_from = config_dict.placeholder(str)  # a workdir, an export or a file of weights to start from
+  config.heads_first_steps = config_dict.placeholder(int)  # at most so many steps with the encoder as it is
+  config.guard = config_dict.placeholder(bool)  # whether the best evaluated state, the start among them, is the result
   config.init_optimizer = config_dict.placeholder(bool)  # whether a run's moments are taken along
   config.epochs = 100
   config.steps = config_dict.placeholder(int)  # in place of epochs

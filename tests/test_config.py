@@ -72,7 +72,7 @@ def shrink(config):
   ).items():
     if key in config.method:
       config.method[key].update(part)
-  config.dtype = "float32"
+  config.dtype, config.heads_first_steps = "float32", None  # else the encoder waits
   config.eval_view.resize = config.eval_view.size = None
   return config
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import flops, optim, parallel
+from ssl_jax.evaluation import guard
 from ssl_jax.run.cli import large_pages_hint
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def progress(run: "Run", row: dict) -> str:
 
 def summary(config, rows: list[dict]) -> list[str]:
   """What the encoder is worth, beside its untrained self and the pixels."""
-  scored = [row for row in rows if "knn_top1" in row]
+  scored, told = [row for row in rows if "knn_top1" in row], guard.in_words(rows)
   if not scored:
-    return []
+    return told
   first, last = scored[0], scored[-1]
   figures = {
     "encoder": last["knn_top1"],
@@ -77,7 +78,7 @@ def summary(config, rows: list[dict]) -> list[str]:
   }
   figures = {name: value for name, value in figures.items() if value is not None}  # large images have no pixel lines
   title = f"k-NN top-1 (cosine, k={config.knn.k}, T={config.knn.temperature:g}) on {config.data.test_split}:"
-  return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items())]
+  return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items()), *told]
 
 
 def nonfinite(step: int, values: dict, state: dict) -> str:
