@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from ssl_jax import build, parallel
 from ssl_jax import config as configs
 from ssl_jax.build import Run
-from ssl_jax.evaluation import during_training
+from ssl_jax.evaluation import during_training, guard
 from ssl_jax.run import checkpoint, cli, cluster, lock, log, plots, report
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
@@ -86,6 +86,8 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
   ):
     if start == 0:
       evaluate(run, writer, train, 0, workdir)
+      if config.get("guard") and not checkpoint.steps(workdir / "checkpoints"):
+        checkpoint.save(saver, 0, train._asdict())  # which may turn out to be the best
     clock = log.Clock(start, config.batch_size)
     batches = workdirs.noting_skipped(run.batches(start), run.train_set, workdir)
     for step in range(start + 1, run.last_step + 1):
@@ -125,8 +127,10 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
 def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> None:
   """Writes the row of an evaluation, and pictures/<step>.png, where the method has some."""
   row = during_training.evaluate(run, train, step)
-  writer.write(row)
   say(f"step {step}/{run.steps}  {report.evaluation(row)}")
+  if run.config.get("guard"):
+    row |= guard.measure(run, train, step, workdir, row.get("knn_top1"))
+  writer.write(row)
   drawn = during_training.pictures(run, train)
   if drawn is not None and cluster.is_main():
     path = workdir / "pictures" / f"{step:08d}.png"

@@ -5,6 +5,9 @@
   show       draws the views that a recipe makes of its first images
   judge      tells what a run's features are like without labels, and draws nearest neighbours
   export     writes a run's encoder for timm, transformers or torchvision
+  embed      writes the features of many images, with their names
+  neighbours finds the most similar images, by their features
+  duplicates finds images that are there more than once, by their features
 
 python -m ssl_jax COMMAND --help tells what a command takes.
 """
@@ -12,7 +15,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show", "judge", "export")
+COMMANDS = ("check", "prepare", "show", "judge", "export", "embed", "neighbours", "duplicates")
 
 
 def main() -> int:

@@ -29,9 +29,9 @@ from ssl_jax.data.image import as_pixels
 from ssl_jax.data.memory import InMemory
 from ssl_jax.decide import Decision
 from ssl_jax.errors import NoSplit, UserError
-from ssl_jax.evaluation import features, probe
+from ssl_jax.evaluation import features, guard, probe
 from ssl_jax.methods.base import AXIS, Context, Method
-from ssl_jax.run import checkpoint
+from ssl_jax.run import checkpoint, log
 from ssl_jax.run.workdir import Saved, read_json, read_resolved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
@@ -259,8 +259,9 @@ def start(run: Run) -> tuple[TrainState, list[str]]:
   """(the state before the first step, what was put into it in lines for people): see `init_from` of the config."""
   if not run.config.get("init_from"):
     return run.init(), []
-  settings = run.config.method, run.config.data.channels
-  return initial.start_from(pathlib.Path(os.path.expanduser(run.config.init_from)), run.init(), run.encoder, *settings)
+  path = pathlib.Path(os.path.expanduser(run.config.init_from))
+  settings = run.config.method, run.config.data.channels, bool(run.config.get("init_optimizer"))
+  return initial.start_from(path, run.init(), run.encoder, *settings)
 
 
 def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Program:
@@ -268,6 +269,8 @@ def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Progra
   views, rules = configs.views(config), configs.parameter_rules(config)
   learning_rate = optim.make_schedule(config.lr, config.batch_size, steps, steps_per_epoch)
   optimizer = optim.make(config.optimizer, rules, learning_rate, steps, steps_per_epoch)
+  if config.get("heads_first_steps"):
+    optimizer = optim.heads_first(optimizer, config.heads_first_steps)
   method, encoder = method_of(config, steps, steps_per_epoch)
   init = training.make_init(method, optimizer, views, config.data.channels, config.seed)
   step = training.make_step(method, optimizer, views, config.seed, config.microbatch)
@@ -460,7 +463,7 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
 
   Args:
     workdir: what train.py wrote to.
-    step: which checkpoint; None: the newest.
+    step: which checkpoint; None: the newest, or the best of a run with `guard`.
 
   Raises:
     UserError: there is no such run or checkpoint, or it cannot be read.
@@ -477,11 +480,24 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   return Restored(run.encoder, variables, run.step, run.config, eval_view, extractor, untrained)
 
 
+def restore_optimizer(workdir: str | os.PathLike, step: int) -> Any:
+  """The optimizer's state of a run's checkpoint. `restore` has found the checkpoint, and raises what this may raise."""
+  workdir = pathlib.Path(workdir)
+  config, resolved = ml_collections.ConfigDict(read_json(workdir / "config.json")), read_resolved(workdir)
+  mesh, steps = parallel.make_mesh(), resolved.get("steps", max(step, 1))
+  state = program(config, mesh, steps, resolved.get("steps_per_epoch", steps)).state
+  # Whole on every device, however it was split.
+  parts = {"opt_state": parallel.abstract(state.opt_state, parallel.replicated(mesh))}
+  return checkpoint.restore(workdir / "checkpoints", step, parts)["opt_state"]
+
+
 def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
   """Restores all that a run's method has; arguments and errors are those of `restore_encoder`."""
   workdir = pathlib.Path(workdir)
   config, folder = read_config(workdir), workdir / "checkpoints"
   found = checkpoint.steps(folder)
+  if step is None and config.get("guard"):
+    step = guard.best_step([row for row in log.read_rows(workdir / "metrics.jsonl") if row["step"] in found])
   step = next(iter(found), None) if step is None else step
   if step is None:
     raise UserError(f"{folder} has no checkpoint yet.")

@@ -29,6 +29,9 @@ _SIDE = optional(whole())
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
   "seed": whole(0, 2**31 - 1, required=True),
   "init_from": optional(text()),
+  "init_optimizer": optional(flag()),
+  "heads_first_steps": optional(whole()),
+  "guard": optional(flag()),
   "epochs": whole(required=True),
   "steps": optional(whole()),
   "stop_after_steps": optional(whole()),
@@ -93,6 +96,9 @@ def base() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init_from = config_dict.placeholder(str)  # a workdir, an export or a file of weights to start from
+  config.heads_first_steps = config_dict.placeholder(int)  # at most so many steps with the encoder as it is
+  config.guard = config_dict.placeholder(bool)  # whether the best evaluated state, the start among them, is the result
+  config.init_optimizer = config_dict.placeholder(bool)  # whether a run's moments are taken along
   config.epochs = 100
   config.steps = config_dict.placeholder(int)  # in place of epochs
   config.stop_after_steps = config_dict.placeholder(int)  # ends a run early, leaves every schedule alone
@@ -218,6 +224,8 @@ def _view_problems(views, eval_view, channels):
 def _joint_problems(config):
   found = []
   view, encoder = eval_view(config), config.encoder
+  if config.get("init_optimizer") and not config.get("init_from"):
+    found.append("init_optimizer=True takes the optimizer of the run that init_from names, and it names none")
   if config.data.get("folder") and config.data.get("data_dir"):
     found.append("data.folder and data.data_dir name two data sets: give one of them")
   if view.size > view.resize:

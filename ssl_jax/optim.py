@@ -230,6 +230,48 @@ def scale_by_rates(layer_decay: float, rates: Sequence[tuple[str, float]]) -> op
   return optax.GradientTransformation(init, update)
 
 
+class HeadsFirst(NamedTuple):
+  """The state of `heads_first`: what it wraps, steps done, sum of losses, mean of the window before, first step."""
+
+  inner: Any
+  steps: jax.Array
+  total: jax.Array
+  before: jax.Array
+  begins: jax.Array
+
+
+def heads_first(
+  optimizer: optax.GradientTransformation, most_steps: int, *, window: int = 200, flat: float = 0.01
+) -> optax.GradientTransformationExtraArgs:
+  """Trains everything but `params["encoder"]` until the loss is flat, then the encoder too.
+
+  Flat is a mean loss over `window` steps that is less than a share `flat` below that over the window before. From then
+  on, and from `most_steps` on in any case, the encoder's updates, weight decay included, are multiplied by
+  :math:`\\min(1, (t + 1) / w)` in step t after that, a warm-up as long as the window. Before that they are zero, and
+  its moments are collected.
+
+  All of it is in the state, and so in checkpoints. `update` takes the loss as `value`.
+  """
+
+  def init(params):
+    return HeadsFirst(optimizer.init(params), jnp.int32(0), jnp.float32(0), jnp.float32(jnp.inf), jnp.int32(most_steps))
+
+  def update(updates, state, params=None, *, value, **given):
+    del given
+    updates, inner = optimizer.update(updates, state.inner, params)
+    share = jnp.clip((state.steps - state.begins + 1) / window, 0, 1)
+    of_encoder = lambda path: path_name(path).startswith("encoder/")  # noqa: E731
+    updates = jax.tree_util.tree_map_with_path(lambda path, x: share * x if of_encoder(path) else x, updates)
+    steps, total = state.steps + 1, state.total + value
+    ends, mean = steps % window == 0, total / window
+    is_flat = ends & (steps < state.begins) & (state.before - mean < flat * jnp.abs(state.before))
+    is_flat &= jnp.isfinite(state.before)
+    begins = jnp.where(is_flat, steps, state.begins)
+    return updates, HeadsFirst(inner, steps, jnp.where(ends, 0.0, total), jnp.where(ends, mean, state.before), begins)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"lars": lars, "sgd": sgd, "adamw": optax.adamw}
 _OF_ALL = dict(
   name=text(required=True),

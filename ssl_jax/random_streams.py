@@ -20,3 +20,5 @@ BATCH = 2**31 - 1  # mixup and cutmix, drawn for a whole batch: in place of the 
 # The host's crops (`data.stream`) have NumPy generators, seeded by (seed, step, position, view, CROP). NumPy pads short
 # seeds with zeros: without a last number, view 0 of position 0 would have the generator of an epoch's order.
 CROP = 1
+# The copies that `duplicates` makes of images have generators of (row, 0, 0, 0, ALTERED).
+ALTERED = 2

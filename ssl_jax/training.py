@@ -71,6 +71,7 @@ def make_step(
   microbatch: int | None = None,
 ) -> Step:
   """Returns the training step; `microbatch` is how many images of the global batch are encoded at once, None: all."""
+  optimizer = optax.with_extra_args_support(optimizer)  # some look at the loss
 
   def gradient(train, batch):
     step, params, state, _ = train
@@ -91,7 +92,7 @@ def make_step(
 
   def update(train, grads, aux):
     step, params, _, opt_state = train
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+    updates, opt_state = optimizer.update(grads, opt_state, params, value=aux.metrics["loss"])
     params = optax.apply_updates(params, updates)
     state = method.update(params, train.state, aux, step)
     check_update(state, train.state)

@@ -14,7 +14,7 @@ import safetensors.numpy
 from test_train import small_config
 
 import train
-from ssl_jax import build, training
+from ssl_jax import build, optim, training
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.weights import layouts
@@ -36,6 +36,7 @@ ENCODERS = {  # where each method keeps one: parameters, batch statistics
     ("state.target_params.encoder", "state.target_batch_stats.encoder"),
   ],
 }
+COUNTING = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
 
 
 def fake_run(config):
@@ -45,6 +46,10 @@ def fake_run(config):
   shapes, rng = jax.eval_shape(init), np.random.default_rng(0)
   state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0, 9, x.shape), x.dtype), shapes)
   return types.SimpleNamespace(config=config, encoder=encoder, method=method, init=lambda: state)
+
+
+def nodes(tree, kind):
+  return [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]
 
 
 def recipe(name):
@@ -109,6 +114,26 @@ def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
   with pytest.raises(
     UserError, match=r"params\.projector\.linear2\.kernel: there \(16, 8\), here \(16, 4\).*export it"
   ):
+    build.start(run)
+
+
+def test_moments_are_taken_along_where_that_is_asked_and_schedules_begin_anew(unbroken):
+  config = small_config(init_from=str(unbroken[0]), init_optimizer=True)
+  run, there = fake_run(config), build.restore_optimizer(unbroken[0], 20)
+  optimizer = optim.make(config.optimizer, configs.parameter_rules(config), lambda step: 0.1, 20, 8)
+  params = build.restore(unbroken[0]).params
+  begun = run.init()._replace(opt_state=optimizer.init(params))
+  run.init = lambda: begun
+  after, told = build.start(run)
+  assert told[-1] == "the optimizer's moments too; schedules begin anew"
+  adams, schedules = ([nodes(state, kind)[0] for state in (after.opt_state, there)] for kind in COUNTING)
+  assert same(*adams) and adams[0].count == 20 and any(x.any() for x in jax.tree.leaves(adams[0].mu))
+  assert [x.count for x in schedules] == [0, 20]
+  run.init = lambda: begun._replace(opt_state=optax.sgd(1e-3, momentum=0.9).init(params))
+  with pytest.raises(UserError, match=r"has other moments.*Leave init_optimizer out"):
+    build.start(run)
+  config.init_from = "weights.pth"
+  with pytest.raises(UserError, match=r"for a run of the same method, and init_from=weights\.pth is none"):
     build.start(run)
 
 

@@ -347,3 +347,26 @@ def test_the_methods_module_is_found_by_name_and_a_mistake_is_named():
   assert methods.find("simclr").__name__ == "ssl_jax.methods.simclr"
   with pytest.raises(UserError, match="'simcrl' does not exist; did you mean 'simclr'"):
     methods.find("simcrl")
+
+
+def test_heads_are_trained_until_the_loss_is_flat_and_then_the_encoder_warms_up():
+  params = {"encoder": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
+  grads = jax.tree.map(jnp.ones_like, params)
+
+  def shares(losses, most_steps=40):
+    """What part of plain SGD's update the encoder gets in each step."""
+    optimizer = optim.heads_first(optax.sgd(1.0), most_steps, window=4, flat=0.1)
+    state, got = optimizer.init(params), []
+    update = jax.jit(optimizer.update)
+    for loss in losses:
+      updates, state = update(grads, state, params, value=jnp.float32(loss))
+      np.testing.assert_array_equal(updates["head"]["w"], -1)
+      got.append(float(-updates["encoder"]["w"][0]))
+    return got
+
+  ramp = [0.25, 0.5, 0.75, 1.0]
+  falls, flat = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [1.5] * 8
+  # The third window's mean is 40 % below the second's, the fourth's is the same: from step 16 on.
+  assert shares(falls + flat + [0.1] * 6) == [0.0] * 16 + [*ramp, 1.0, 1.0]
+  assert shares([8.0] * 14) == [0.0] * 8 + [*ramp, 1.0, 1.0]  # flat from the first
+  assert shares([2.0**-i for i in range(30)], most_steps=10) == [0.0] * 10 + ramp + [1.0] * 16  # never flat

@@ -1,6 +1,6 @@
 """Features of a data set, and pictures of what a method does to some images, on all devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -95,13 +95,13 @@ class Extractor:
 
   def __call__(self, variables: Any, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """(features float32 [n, d], labels [n]), without images that have no label or cannot be read; on every process."""
-    parts = [(x[labels >= 0], labels[labels >= 0]) for x, labels, _ in self._batches(variables, dataset)]
+    parts = [(x[labels >= 0], labels[labels >= 0]) for x, labels, _ in self.batches(variables, dataset)]
     features, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
     return features, labels
 
   def all(self, variables: Any, dataset: Dataset) -> Features:
     """The features of all images that can be read, with or without a label; on every process."""
-    return Features(*(np.concatenate(x) for x in zip(*self._batches(variables, dataset), strict=True)))
+    return Features(*(np.concatenate(x) for x in zip(*self.batches(variables, dataset), strict=True)))
 
   def pairs(self, variables: Any, dataset: Dataset, view: View, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The features of two views of each of at most `count` images, float32 [n, d] each; on every process.
@@ -126,8 +126,8 @@ class Extractor:
     first, second = self.paired[view](variables, parallel.put_batch(self.mesh, batch))
     return np.asarray(first)[:count], np.asarray(second)[:count]
 
-  def _batches(self, variables, dataset):
-    """Yields `Features` of a batch each."""
+  def batches(self, variables: Any, dataset: Dataset) -> Iterator[Features]:
+    """Yields the `Features` of one batch after the other; the last one may be of fewer images."""
     variables = jax.device_put(variables, parallel.replicated(self.mesh))  # once, and not for every batch
     here = Part(jax.process_index(), jax.process_count())
     for i, (images, labels, keep) in enumerate(dataset.in_order(self.view, self.batch_size, here)):

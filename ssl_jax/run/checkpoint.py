@@ -22,13 +22,14 @@ from ssl_jax.run import cluster, log
 
 
 class _Best(NamedTuple):
-  """Keeps the checkpoint with the best k-NN by metrics.jsonl: Orbax loses its own metrics when a run is resumed."""
+  """Keeps the best checkpoint by metrics.jsonl: Orbax loses its own metrics when a run is resumed."""
 
   rows: pathlib.Path
 
   def should_preserve(self, checkpoints, *, context):
     del context
-    scores = {row["step"]: row["knn_top1"] for row in log.read_rows(self.rows) if "knn_top1" in row}
+    rows = [{"guard": row.get("knn_top1"), **row} for row in log.read_rows(self.rows)]
+    scores = {row["step"]: row["guard"] for row in rows if row["guard"] is not None}
     best = max((c.step for c in checkpoints if c.step in scores), key=lambda s: (scores[s], s), default=None)
     return [c.step == best for c in checkpoints]
 
@@ -42,7 +43,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-  """A manager that keeps the last `keep` checkpoints and the one with the best k-NN in `folder/../metrics.jsonl`."""
+  """A manager that keeps the last `keep` checkpoints and the best one in `folder/../metrics.jsonl`."""
   best = _Best(folder.parent / "metrics.jsonl")
   policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best])
   options = ocp.CheckpointManagerOptions(

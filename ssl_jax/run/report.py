@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import flops, optim, parallel
+from ssl_jax.evaluation import guard
 from ssl_jax.run.cli import large_pages_hint
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def summary(config, rows: list[dict]) -> list[str]:
     return [
       f"test {_top1(classified[-1])} on {classified[-1]['test_images']:,} images of {config.data.test_split}{guessed}"
     ]
-  scored = [row for row in rows if "knn_top1" in row]
+  scored, told = [row for row in rows if "knn_top1" in row], guard.in_words(rows)
   looked_at = [row for row in rows if "encoder_rankme" in row]
   if not scored and looked_at:
     begin = "as loaded" if getattr(config, "init_from", None) else "untrained"
@@ -95,9 +96,10 @@ def summary(config, rows: list[dict]) -> list[str]:
       "without labels, which is no accuracy (docs/evaluation.md says what it tells):",
       f"  {begin}: {evaluation(looked_at[0])}",
       f"  trained: {evaluation(looked_at[-1])}",
+      *told,
     ]
   if not scored:
-    return []
+    return told
   first, last = scored[0], scored[-1]
   figures = {
     "encoder": last["knn_top1"],
@@ -110,7 +112,7 @@ def summary(config, rows: list[dict]) -> list[str]:
   }
   figures = {name: value for name, value in figures.items() if value is not None}  # large images have no pixel lines
   title = f"k-NN top-1 (cosine, k={config.knn.k}, T={config.knn.temperature:g}) on {config.data.test_split}:"
-  return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items())]
+  return [title, *(f"  {name:<22}{value:6.2f} %" for name, value in figures.items()), *told]
 
 
 def nonfinite(step: int, values: dict, state: dict) -> str:

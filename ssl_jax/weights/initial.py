@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ssl_jax.errors import UserError
 from ssl_jax.models.vit import interpolate_positions
@@ -16,9 +17,14 @@ from ssl_jax.weights import load
 
 
 def start_from(
-  path: str | os.PathLike, train: TrainState, encoder: nn.Module, method: Any, channels: int
+  path: str | os.PathLike,
+  train: TrainState,
+  encoder: nn.Module,
+  method: Any,
+  channels: int,
+  take_optimizer: bool = False,
 ) -> tuple[TrainState, list[str]]:
-  """Puts weights into a state before its first step; step, optimizer and schedules stay at their beginning.
+  """Puts weights into a state before its first step; step and schedules stay at their beginning.
 
   A run of the same method gives its parameters and state whole: heads, teacher, queue, centre. Anything else gives an
   encoder (`load_weights`), to every encoder that the method has: the teacher, target or key encoder starts as the
@@ -31,19 +37,27 @@ def start_from(
     encoder: the recipe's.
     method: the recipe's section `method`.
     channels: of the images.
+    take_optimizer: of a run of the same method take the optimizer's moments too; otherwise they start at zero.
 
   Returns:
     (the state, what was done in lines for people).
 
   Raises:
-    UserError: see `load_weights`; or a part of a run of the same method has another shape.
+    UserError: see `load_weights`; or a part of a run of the same method has another shape; or there are no moments to
+      take.
   """
   if (pathlib.Path(path) / "checkpoints").is_dir():
     from ssl_jax import build  # imported late: it imports this module
 
     run = build.restore(path)
     if _kind(run.config.method) == _kind(method):
-      return _whole(run, train, path)
+      new, lines = _whole(run, train, path)
+      if take_optimizer:
+        opt_state = _moments(build.restore_optimizer(path, run.step), new.opt_state, path)
+        new, lines = new._replace(opt_state=opt_state), [*lines, "the optimizer's moments too; schedules begin anew"]
+      return new, lines
+  if take_optimizer:
+    raise UserError(f"init_optimizer=True is for a run of the same method, and init_from={path} is none.")
   loaded = load.load_weights(path, encoder, channels=channels, resize_positions=True)
   given = {_names(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(loaded.variables)}
   taken: dict[str, None] = {}  # in order
@@ -94,6 +108,25 @@ def _whole(run, train, path):
     )
   new = jax.tree_util.tree_map_with_path(lambda keys, leaf: _placed(values[_names(keys)], leaf), parts)
   return train._replace(**new), lines
+
+
+def _moments(there, here, path):
+  """An optimizer's state with the moments of another: what averages gradients, not what counts a schedule's steps."""
+  old, new = (jax.tree.leaves(x, is_leaf=_averages) for x in (there, here))
+  old, mine = ([x for x in nodes if _averages(x)] for nodes in (old, new))
+  shapes = [jax.tree.map(lambda x: x.shape, nodes) for nodes in (old, mine)]
+  if shapes[0] != shapes[1]:
+    raise UserError(
+      f"init_optimizer=True: the optimizer of {path} has other moments, since it is another one or trains other "
+      "parameters. Leave init_optimizer out, and its moments start at zero."
+    )
+  values = iter(old)
+  take = lambda node: jax.tree.map(_placed, next(values), node) if _averages(node) else node  # noqa: E731
+  return jax.tree.map(take, here, is_leaf=_averages)
+
+
+def _averages(node):
+  return isinstance(node, optax.ScaleByAdamState | optax.TraceState)
 
 
 def _placed(value, leaf):

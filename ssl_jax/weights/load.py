@@ -37,7 +37,7 @@ _TRAINING_ONLY = ("optimizer", "scaler", "fp16_scaler", "amp", "scheduler", "lr_
 # First parts of names beside an encoder's own that belong to a head, a decoder or a classifier.
 _BESIDE = {"fc", "head", "heads", "head_dist", "classifier", "pooler", "projector", "predictor"}
 _BESIDE |= {"mask_token", "masked_embed"}
-_IN_FOLDER = (
+IN_FOLDER = (
   "model.safetensors",
   "model.safetensors.index.json",
   "pytorch_model.bin",
@@ -117,6 +117,15 @@ def load_weights(
   return Loaded(variables, extra, tuple(report))
 
 
+def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of the encoder in a file or folder under timm's and torchvision's names, whatever encoder it is.
+
+  Raises:
+    UserError: see `load_weights`.
+  """
+  return _read_encoder(path, None, None, [])[0]
+
+
 def _read_run(workdir, take, report):
   from ssl_jax import build  # imported late: training imports this module
 
@@ -137,25 +146,24 @@ def _read_encoder(path, kind, take, report):
   if left := [name for name in _TRAINING_ONLY if tree.pop(name, None) is not None]:
     report.append(f"left out: {', '.join(left)}")
   flat = {name: value for name, value in _flatten(tree).items() if not name.endswith("num_batches_tracked")}
-  prefixes = {
-    name.removesuffix(landmark): landmark for landmark in _LANDMARKS[kind] for name in flat if _ends(name, landmark)
-  }
+  marks = {mark: rule for of, rules in _LANDMARKS.items() if kind in (None, of) for mark, rule in rules.items()}
+  prefixes = {name.removesuffix(mark): mark for mark in marks for name in flat if _ends(name, mark)}
   prefix = _pick(file, kind, prefixes, take, flat)
   state, extra = {}, {}
   for name, value in flat.items():
     short = name.removeprefix(prefix)
     mine = name.startswith(prefix) and not _is_beside(short)
     (state if mine else extra)[short if mine else name] = value
-  state = _LANDMARKS[kind][prefixes[prefix]](state)
+  state = marks[prefixes[prefix]](state)
   return state, extra, f"{prefix}* of {file}" if prefix else str(file)
 
 
 def _file_of(folder):
-  there = [name for name in _IN_FOLDER if (folder / name).is_file()]
+  there = [name for name in IN_FOLDER if (folder / name).is_file()]
   names = there or sorted(x.name for x in folder.iterdir() if x.suffix in (".safetensors", ".pth", ".pt", ".bin"))
   if not there and len(names) != 1:
     raise UserError(
-      f"{folder} holds {', '.join(names) or 'no weight file'}: give one file, a folder with {_IN_FOLDER[0]}, or the "
+      f"{folder} holds {', '.join(names) or 'no weight file'}: give one file, a folder with {IN_FOLDER[0]}, or the "
       "workdir of a run, which has checkpoints."
     )
   return folder / names[0]
@@ -176,7 +184,7 @@ def _pick(file, kind, prefixes, take, flat):
   if not prefixes:
     other = [x.__name__ for x, marks in _LANDMARKS.items() if any(_ends(name, mark) for name in flat for mark in marks)]
     holds = f"a {other[0]}" if other else f"names that begin with {', '.join(dict.fromkeys(map(_first, flat)))[:200]}"
-    raise UserError(f"{file} holds no {kind.__name__} that is known here, but {holds}.")
+    raise UserError(f"{file} holds no {kind.__name__ if kind else 'ViT or ResNet'} that is known here, but {holds}.")
   names = list(prefixes)
   if take:
     names = [name for name in names if take in name.split(".")]

@@ -1,0 +1,76 @@
+"""What training does to features that were good when it began: which evaluated state is to be handed back."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_jax import monitors
+from ssl_jax.run import cluster
+from ssl_jax.training import TrainState
+
+if TYPE_CHECKING:
+  from ssl_jax.build import Run
+
+IMAGES = 512  # of the training split, whose features are compared with those at the start
+LEAST_RANK = 0.5  # of the effective rank at the start
+
+
+def measure(
+  run: "Run", train: TrainState, step: int, workdir: pathlib.Path, accuracy: float | None
+) -> dict[str, float]:
+  """What an evaluation's row says beside the k-NN. All processes come here.
+
+  "start_cosine" is the mean cosine of features to those of the same images at step 0, which are kept in
+  WORKDIR/start_features.npy; "start_rank" is the effective rank as a share of that at step 0. "guard" is by what states
+  are compared: the k-NN's top-1; without labels the step where the rank is at least half of the start's, else -1.
+  """
+  variables = run.method.encoder(train.params, train.state)
+  now = run.extractor.all(variables, run.train_set.thinned(IMAGES)).features
+  if not cluster.is_main():  # which alone writes rows
+    return {}
+  path = workdir / "start_features.npy"
+  if step == 0:
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("wb") as file:
+      np.save(file, now)
+    os.replace(scratch, path)
+  start = np.load(path)
+  norms = np.linalg.norm(now, axis=1) * np.linalg.norm(start, axis=1)
+  cosine = np.mean(np.sum(now * start, axis=1) / np.maximum(norms, 1e-12))
+  rank, at_start = (float(jax.jit(monitors.measure)(jnp.asarray(x)[:, None])["effective_rank"]) for x in (now, start))
+  kept = step if rank >= LEAST_RANK * at_start else -1
+  score = kept if accuracy is None else accuracy
+  return {"start_cosine": float(cosine), "start_rank": rank / at_start, "guard": float(score)}
+
+
+def best_step(rows: Sequence[dict[str, Any]]) -> int | None:
+  """The step of the best row, the latest of equals; None: none was judged."""
+  judged = [(row["guard"], row["step"]) for row in rows if "guard" in row]
+  return max(judged)[1] if judged else None
+
+
+def in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """What became of the features, for people."""
+  judged = [row for row in rows if "guard" in row]
+  if not judged:
+    return []
+  best = best_step(judged)
+  last = judged[-1]
+  if "knn_top1" in last:
+    worst = min(judged, key=lambda row: row["knn_top1"])
+    by_step = {row["step"]: row["knn_top1"] for row in judged}
+    told = f"k-NN {by_step[judged[0]['step']]:.2f} % at the start, {worst['knn_top1']:.2f} % at the worst (step "
+    told += f"{worst['step']}), {last['knn_top1']:.2f} % at the end, {by_step[best]:.2f} % at the best (step {best})"
+  else:
+    least = min(row["start_rank"] for row in judged)
+    told = (
+      f"effective rank {100 * least:.0f} % of the start's at the least, {100 * last['start_rank']:.0f} % at the end"
+    )
+  told += f"; cosine to the start {last['start_cosine']:.3f} at the end"
+  outcome = "the start was best, and this training made the features worse: " if best == 0 else ""
+  return [told, f"{outcome}restore_encoder and every evaluation take step {best}"]
