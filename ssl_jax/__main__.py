@@ -4,6 +4,7 @@
   prepare    writes a data set on disk, ready to train on
   show       draws the views that a recipe makes of its first images
   export     writes a run's encoder for timm, transformers or torchvision
+  report     writes a page that shows what came of a run, or of a few side by side
 
 python -m ssl_jax COMMAND --help tells what a command takes.
 """
@@ -11,7 +12,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show", "export")
+COMMANDS = ("check", "prepare", "show", "export", "report")
 
 
 def main() -> int:

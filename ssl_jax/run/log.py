@@ -90,7 +90,7 @@ class Clock:
   """
 
   def __init__(self, step: int, batch_size: int):
-    self.batch_size, self.rate, self.share = batch_size, 0.0, 0.0
+    self.batch_size, self.rate, self.share, self.shown = batch_size, 0.0, 0.0, 0.0
     self.restart(step)
 
   def restart(self, step: int) -> None:
@@ -109,6 +109,13 @@ class Clock:
       self.rate, self.share = (step - self.step) * self.batch_size / elapsed, self.waited / elapsed
       self.restart(step)
     return self.rate
+
+  def rate_now(self, step: int) -> float:
+    """The rate for the live line, which is no question; 0 until it has been measured for a second."""
+    elapsed = time.perf_counter() - self.time
+    if step > self.step and elapsed > 1:
+      self.shown = (step - self.step) * self.batch_size / elapsed
+    return self.shown
 
 
 def make_writer(workdir: pathlib.Path, step: int) -> Writer | NoWriter:
