@@ -184,7 +184,7 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path):
   assert report.main([str(a), str(b), f"--out={tmp_path / 'both.html'}"]) == 0
   text = (tmp_path / "both.html").read_text()
   said = told(text)
-  assert "lr.base 0.1 0.2" in said and "seed" not in said[: said.index("How it went")]
+  assert "1 key" in said and "lr.base 0.1 0.2" in said and "seed" not in said[: said.index("How it went")]
   assert "a 75" in said and "b 82" in said and "untrained 60" in said
   assert text.count('class="curve run1"') == 2 + len(words.monitors(trained()))
   assert ".sheet1 { background-image: url(data:" in text and 'data-run="1"' in text
@@ -255,6 +255,7 @@ def test_whatever_a_page_fails_of_is_a_line(tmp_path, monkeypatch, capsys):
     ({"feature_std": 0.05, "alignment": None}, "feature_std", "plain", "cannot collapse"),
     ({"effective_rank": 1.05}, "effective_rank", "bad", "on a line"),
     ({"effective_rank": 10.0}, "effective_rank", "watch", "it was 31.0"),
+    ({"effective_rank": 1.4}, "effective_rank", "watch", "near a line"),
     ({"alignment": 1.9}, "alignment", "watch", "still far"),
     ({"marginal_entropy": 0.05}, "marginal_entropy", "bad", "few prototypes"),
     ({"marginal_entropy": 0.9}, "marginal_entropy", "good", "90 %"),
@@ -267,6 +268,7 @@ def test_whatever_a_page_fails_of_is_a_line(tmp_path, monkeypatch, capsys):
 )
 def test_a_monitor_says_what_it_shows_now(change, key, judged, sentence):
   table = [{"step": i, "loss": 3.0, **HEALTHY} for i in (10, 20, 30)]
+  table = [row | ({"effective_rank": 1.9} if change.get("effective_rank") == 1.4 else {}) for row in table]
   table[-1] = {name: x for name, x in (table[-1] | change).items() if x is not None}
   found = {m.key: m for m in words.monitors(table)}[key]
   assert found.judged == judged and sentence in found.sentence.replace("\u00a0", " ")
@@ -281,10 +283,17 @@ def test_every_monitor_of_every_method_has_words():
 
 
 @pytest.mark.parametrize(
-  "top1, judged, text", [(75.0, "good", "above all of these"), (65.0, "watch", "not above all of these")]
+  "top1, method, judged, text",
+  [
+    (75.0, "simclr", "good", "above all of these"),
+    (65.0, "simclr", "watch", "the pixels alone still do better"),
+    (65.0, "mae", "plain", "eval_linear.py shows more"),
+    (55.0, "mae", "watch", "has not raised it"),
+    (9.0, "simclr", "watch", "no more than by guessing"),
+  ],
 )
-def test_an_accuracy_is_judged_by_what_stands_beside_it(top1, judged, text):
-  told = words.in_short(trained(top1), dict(last_step=20, chance=4.8, labelled=True))
+def test_an_accuracy_is_judged_by_what_stands_beside_it(top1, method, judged, text):
+  told = words.in_short(trained(top1), dict(last_step=20, chance=4.8, labelled=True, method=method))
   assert told[-1][0] == judged and text in told[-1][1]
 
 

@@ -67,9 +67,8 @@ def gallery(run: Any) -> Gallery:
   classes = [_printable(x) for x in source.classes or source.class_names] or [str(i) for i in range(count)]
   about: dict[str, Any] = dict(num_classes=count, name=source.name, split=source.split)
   images = Cut(images=pixels, labels=labels.astype(np.int32), **about)
-  return Gallery(
-    images, [some.image_name(int(i)) for i in there], classes, (_printable(source.name), source.split, len(source))
-  )
+  names = [source.image_name(int(i) * len(source) // len(some)) for i in there]  # as `thinned` takes them
+  return Gallery(images, names, classes, (_printable(source.name), source.split, len(source)))
 
 
 def features(run: Any, train: Any, seen: Gallery) -> np.ndarray:

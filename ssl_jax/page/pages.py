@@ -198,14 +198,15 @@ def _shown(number, title, run):
   """What the template takes of a run."""
   config, shown, rows = run["config"], run["look"], run["rows"]
   ends = shown.get("last_step") or config.get("stop_after_steps") or run["steps"]
-  known = {"last_step": ends, "chance": shown.get("chance"), "labelled": shown.get("labelled", True)}
+  known = {"last_step": ends, "method": _method(run)}
+  known |= {"chance": shown.get("chance"), "labelled": shown.get("labelled", True)}
   data = config.get("data", {})
   encoder = config.get("encoder", {})
   return {
     "number": number,
     "title": title,
     "workdir": run["workdir"],
-    "method": config.get("method", {}).get("name", "?"),
+    "method": _method(run),
     "encoder": encoder.get("name", "?"),
     "data": data.get("folder") or data.get("name", "?"),
     "split": data.get("split", ""),
@@ -218,6 +219,10 @@ def _shown(number, title, run):
     "config": _flat(config),
     "labelled": known["labelled"],
   }
+
+
+def _method(run):
+  return run["config"].get("method", {}).get("name", "?")
 
 
 def _curves(titles, runs):
@@ -246,18 +251,20 @@ def _curves(titles, runs):
         )
         if key in first
       ]
-  chances, lines = _once(chances), _once(lines)
   found = []
-  if losses:
-    text = "The training loss by step." + (" Chance is the loss of uninformative outputs." if chances else "")
-    found.append(("Loss", losses, chances, text))
+  text = "The training loss by step." + (" Chance is the loss of uninformative outputs." if chances else "")
+  if len({_method(run) for run in runs}) > 1:  # whose losses are no values of one thing
+    for curve in losses:
+      found.append((f"Loss of {curve.label}", [curve], [x for x in chances if x.run == curve.run], text))
+  elif losses:
+    found.append(("Loss", losses, _once(chances), text))
   if scores:
     text = (
       "How many per cent of the test images get the class that their nearest training images have. The dashed lines "
       "are the encoder before its first step, the raw pixels (as they are, centred, standardised) and guessing the "
       "most frequent class."
     )
-    found.append(("k-NN accuracy, %", scores, lines, text))
+    found.append(("k-NN accuracy, %", scores, _once(lines), text))
   entries = []
   for title, curves, levels, text in found:
     if far := [x for x in levels if drawings.far_off(x, curves)]:
@@ -361,5 +368,5 @@ def _differences(runs):
   """(key, [value of each run]) where the configs differ."""
   flat = [dict(_flat(run["config"])) for run in runs]
   keys = dict.fromkeys(key for x in flat for key in x)
-  rows = [(key, [x.get(key, "-") for x in flat]) for key in keys]
+  rows = [(key, [x.get(key, "-") for x in flat]) for key in keys if key not in configs.FREE]
   return [(key, values) for key, values in rows if len(set(values)) > 1]

@@ -6,7 +6,10 @@ from ssl_jax.monitors import COLLAPSED_RANK, COLLAPSED_STD, ONE_PROTOTYPE, UNIFO
 
 GOOD, WATCH, BAD, PLAIN = "good", "watch", "bad", "plain"  # how a value is judged; PLAIN: it is neither good nor bad
 _UNRELATED = 2.0  # alignment of two random directions
-_SPREAD, _NEAR, _FALLEN, _SPIKE = 0.3, 1.0, 0.5, 10.0  # where a value begins to be worth a look
+_SPREAD, _FEW, _NEAR, _FALLEN, _SPIKE = 0.3, 2.0, 1.0, 0.5, 10.0  # where a value begins to be worth a look
+
+
+_SHARES = ("input_share", "mfu", "queue_filled")  # told in per cent
 
 
 class Monitor(NamedTuple):
@@ -41,7 +44,8 @@ def monitors(rows: list[dict[str, Any]]) -> list[Monitor]:
       points = [(row["step"], row[key]) for row in logged if key in row]
       title, say = _SAID.get(key, (key.replace("_", " "), _logged))
       judged, sentence = say(last[key], [y for _, y in points], last)
-      found.append(Monitor(key, title, brief(last[key]), judged, _unbroken(sentence), points))
+      value = f"{100 * last[key]:.1f} %" if key in _SHARES else brief(last[key])
+      found.append(Monitor(key, title, _unbroken(value), judged, _unbroken(sentence), points))
   return found
 
 
@@ -50,7 +54,7 @@ def in_short(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[tuple[st
 
   Args:
     rows: of metrics.jsonl.
-    facts: "last_step", "chance" (or None), "labelled": what is known of the run.
+    facts: "last_step", "chance", "labelled", "method": what is known of the run, or None.
   """
   told = [_progress(rows, facts)]
   logged = [row for row in rows if "loss" in row]
@@ -97,17 +101,28 @@ def _worth(rows, facts, trained):
     why = "No evaluation has been written yet." if facts.get("labelled") else "There are no labels to score it by."
     return PLAIN, f"{why} The nearest neighbours and the map below show what the encoder takes for alike."
   first, value = scored[0], scored[-1]["knn_top1"]
-  pixels = [first[key] for key in first if key.startswith("pixels") and key.endswith("_top1")]
-  lines = {"the encoder before its first step": first["knn_top1"] if len(scored) > 1 else None}
-  lines |= {"the best of the raw pixels": max(pixels, default=None), "guessing": first.get("guessing_top1")}
-  known = {name: x for name, x in lines.items() if x is not None}
+  pixels = max((first[key] for key in first if key.startswith("pixels") and key.endswith("_top1")), default=None)
+  start, guess = first["knn_top1"], first.get("guessing_top1")
   text = f"{value:.2f} % of the test images get the class that their nearest training images have"
-  if not trained or not known:
-    return PLAIN, f"{text}, before any training."
-  beside = ", ".join(f"{name} {x:.2f} %" for name, x in known.items())
-  above = value > max(known.values())
-  verdict = "above all of these" if above else "not above all of these, so it says little about the training yet"
-  return (GOOD if above else WATCH), f"{text} ({beside}): {verdict}."
+  lines = {"the best of the raw pixels": pixels, "guessing": guess}
+  if not trained or len(scored) == 1:
+    return PLAIN, f"{text}, before any training{_beside(lines)}."
+  text += _beside({"the encoder before its first step": start} | lines)
+  if guess is not None and value <= guess:
+    return WATCH, f"{text}: no more than by guessing."
+  if value <= start:
+    return WATCH, f"{text}: the training has not raised it."
+  if pixels is not None and value <= pixels:
+    more = " k-NN shows little of what MAE learns; eval_linear.py shows more." if facts.get("method") == "mae" else ""
+    return (
+      PLAIN if more else WATCH
+    ), f"{text}: the training has raised it, and the pixels alone still do better.{more}"
+  return GOOD, f"{text}: above all of these."
+
+
+def _beside(lines):
+  known = [f"{name} {x:.2f} %" for name, x in lines.items() if x is not None]
+  return f" ({', '.join(known)})" if known else ""
 
 
 def brief(x: float) -> str:
@@ -139,6 +154,8 @@ def _effective_rank(x, values, row):
     return BAD, "The features have collapsed: the embeddings lie on a line."
   if "alignment" in row and x < _FALLEN * max(values):
     return WATCH, f"About {x:.1f} directions are in use, and it was {max(values):.1f}: it should not keep falling."
+  if "alignment" in row and x < _FEW:
+    return WATCH, f"The embeddings lie near a line, which would be 1.{_since(values)}"
   return (GOOD if "alignment" in row else PLAIN), f"The embeddings use about {x:.1f} directions.{_since(values)}"
 
 
@@ -215,7 +232,7 @@ def _input_share(x, values, row):
 
 
 def _images_per_second(x, values, row):
-  return PLAIN, f"{x:,.0f} images are trained on in a second.{_since(values)}"
+  return PLAIN, f"Images that are trained on in a second.{_since(values)}"
 
 
 def _mfu(x, values, row):
