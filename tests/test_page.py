@@ -4,6 +4,7 @@ import html.parser
 import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import types
@@ -13,6 +14,7 @@ import pytest
 
 from runs import ROOT, finish, rows, start
 from ssl_jax.commands import report
+from ssl_jax.methods.dino import DINOPictures
 from ssl_jax.methods.mae import MAEPictures
 from ssl_jax.page import drawings, look, pages, words
 
@@ -220,6 +222,19 @@ def test_the_command_looks_at_the_newest_checkpoint_where_there_is_no_look(unbro
   assert "Which classes linear confuses" in said and "top1 71.5" in said and "x 9 1 y 2 8" in said
 
 
+def test_the_commands_of_the_page_about_it_run(unbroken, tmp_path, monkeypatch, capsys):
+  shutil.copytree(unbroken[0], tmp_path / "runs" / "quickstart")
+  shutil.copytree(unbroken[0], tmp_path / "runs" / "other")
+  monkeypatch.chdir(tmp_path)
+  commands = re.findall(r"^python -m ssl_jax report (.*)$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
+  assert len(commands) == 2
+  for command in commands:
+    assert report.main(shlex.split(command)) == 0
+  assert "wrote both.html" in capsys.readouterr().out and "quickstart and other" in told(
+    (tmp_path / "both.html").read_text()
+  )
+
+
 class Broken:
   """A run whose features cannot be had."""
 
@@ -313,6 +328,22 @@ def test_curves_are_where_their_numbers_are():
 def _crowded():
   levels = [drawings.Level(f"level {i}", 50 + i / 10, None) for i in range(5)]
   return drawings.chart([drawings.Curve("k-NN", [(0, 0.0), (9, 50.0)], 0)], levels, "k-NN")
+
+
+def test_a_methods_pictures_stand_under_their_names_and_maps_over_the_image():
+  image = np.random.default_rng(0).uniform(size=(2, 8, 8, 1))
+  flat, ramp = np.zeros((2, 8, 8)), np.arange(128.0).reshape(2, 8, 8)
+  columns = look.pictured(DINOPictures(image, (flat, ramp)))
+  assert [name for name, _ in columns] == ["original", "attention 1", "attention 2"]
+  dark, bright = columns[2][1][0][0, 0], columns[2][1][0][7, 7]  # of a map of any scale the least and the most
+  np.testing.assert_allclose(dark, 0.3 * image[0, 0, 0, 0] + 0.7 * np.array([0.001462, 0.000466, 0.013866]), atol=1e-5)
+  np.testing.assert_allclose(
+    bright, 0.3 * image[0, 7, 7, 0] + 0.7 * np.array([0.988362, 0.998364, 0.644924]), atol=1e-5
+  )
+  drawn = look.grid(columns)
+  assert drawn["headings"] == [name for name, _ in columns] and drawn["small"]
+  assert len(drawn["rows"]) == 2 and all(len(row) == 3 for row in drawn["rows"])
+  assert look.pictured(None) is None
 
 
 def test_neighbours_are_the_nearest_by_cosine_and_never_the_image_itself():
