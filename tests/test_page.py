@@ -1,5 +1,7 @@
 """report.html: what it tells, that it loads nothing, that everybody can read it, and that a run never ends for it."""
 
+import gzip
+import html
 import html.parser
 import itertools
 import json
@@ -12,7 +14,7 @@ import types
 import numpy as np
 import pytest
 
-from runs import ROOT, finish, rows, start
+from runs import ROOT, assert_same_run, finish, rows, start
 from ssl_jax.commands import report
 from ssl_jax.methods.dino import DINOPictures
 from ssl_jax.methods.mae import MAEPictures
@@ -112,10 +114,16 @@ def test_a_runs_page_tells_what_it_is_and_what_it_is_worth(unbroken):
   assert len(text) < 600_000
 
 
-def test_a_page_changes_no_number_of_a_run(unbroken, cache, tmp_path):
-  finish(start(cache, "train.py", tmp_path / "run", report=False))
-  assert not (tmp_path / "run" / "report.html").exists()
-  assert rows(tmp_path / "run") == rows(unbroken[0])
+def test_neither_a_page_nor_a_profile_changes_a_number_of_a_run(unbroken, cache, tmp_path):
+  workdir = tmp_path / "run"
+  out = finish(start(cache, "train.py", workdir, report=False, profile_steps="10,11"))
+  assert not (workdir / "report.html").exists()
+  assert_same_run(workdir, unbroken[0])
+  assert "wrote a profile of steps 10 to 11" in out
+  (folder,) = (workdir / "tensorboard" / "plugins" / "profile").iterdir()  # where TensorBoard looks
+  assert list(folder.glob("*.xplane.pb"))
+  events = json.loads(gzip.decompress((folder / "perfetto_trace.json.gz").read_bytes()))["traceEvents"]
+  assert len(events) > 100
 
 
 @pytest.mark.parametrize("runs", [1, 4])
@@ -396,45 +404,47 @@ def test_everything_can_be_read_as_wcag_aa_asks(dark):
 
 PROBE = """
 <script>
-const said = {wide: document.documentElement.scrollWidth - innerWidth};
-const map = document.querySelector('.map'), box = map.querySelector('.point').getBoundingClientRect();
-const at = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true};
-map.dispatchEvent(new PointerEvent('pointermove', at));
-said.tip = tip.hidden ? null : tip.textContent;
-document.querySelector('.legend button').click();
-said.chosen = document.querySelectorAll('.chosen').length;
-said.small = Math.min(...[...document.querySelectorAll('p, li, td, th, figcaption, svg.chart text')].filter(
-  x => x.getClientRects().length).map(x => parseFloat(getComputedStyle(x).fontSize) *
-  (x.ownerSVGElement ? x.ownerSVGElement.getBoundingClientRect().width / 420 : 1)));
-document.documentElement.dataset.said = JSON.stringify(said);
+{
+  const map = document.querySelector('.map'), box = map.querySelector('.point').getBoundingClientRect();
+  const at = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true};
+  const said = {wide: document.documentElement.scrollWidth - innerWidth, width: innerWidth};
+  said.dark = matchMedia('(prefers-color-scheme: dark)').matches;
+  map.dispatchEvent(new PointerEvent('pointermove', at));
+  said.tip = tip.hidden ? null : tip.textContent;
+  document.querySelector('.legend button').click();
+  said.chosen = document.querySelectorAll('.chosen').length;
+  const sizes = [...document.querySelectorAll('p, li, td, th, figcaption, summary, svg.chart text')].map(x =>
+    parseFloat(getComputedStyle(x).fontSize) * (x.ownerSVGElement ? x.ownerSVGElement.clientWidth / 420 : 1));
+  said.smallest = Math.min(...sizes);
+  parent.postMessage(JSON.stringify(said), '*');
+}
 </script>
 """
+FRAME = """<!doctype html><script>onmessage = e => document.documentElement.dataset.said = e.data;</script>
+<iframe src="probed.html" width="{width}" height="900"></iframe>"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [500, 1280])  # headless Chromium has no narrower window
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_it_without_an_error_or_a_request(tmp_path, width, dark):
   chromium = shutil.which("chromium") or shutil.which("chromium-browser")
   if not chromium:
     pytest.skip("there is no Chromium")
-  pages.write_page([workdir(tmp_path / "run", gallery(), trained())], tmp_path / "page.html")
+  seen = gallery()
+  pages.write_page([workdir(tmp_path / "run", seen, trained())], tmp_path / "page.html")
   text = (tmp_path / "page.html").read_text()
   (tmp_path / "probed.html").write_text(text.replace("</body>", PROBE + "</body>"))
-  flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--enable-logging=stderr"]
-  flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--dump-dom"]
-  flags += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-  flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
-  done = subprocess.run(
-    [chromium, *flags, f"file://{tmp_path / 'probed.html'}"], capture_output=True, text=True, timeout=120
-  )
-  said = json.loads(told_by(done.stdout))
-  assert said["wide"] <= 0 and said["tip"] == "0.png (" + ("cat" if "cat" in said["tip"] else "dog") + ")"
-  assert said["chosen"] == sum(x == 0 for x in gallery().images.labels) and said["small"] >= 11
+  (tmp_path / "frame.html").write_text(FRAME.format(width=width))  # a window is never as narrow as a phone
+  flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--enable-logging=stderr"]
+  flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--no-first-run"]
+  flags += ["--virtual-time-budget=5000", "--dump-dom", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
+  command = [chromium, *flags, f"file://{tmp_path / 'frame.html'}"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert "CONSOLE" not in done.stderr, done.stderr
-  requests = set(re.findall(r'"url":"(\w+)://[^"]*(?:page|probed)', (tmp_path / "net.json").read_text()))
-  assert requests <= {"file"}
-
-
-def told_by(dom):
-  return re.search(r'data-said="([^"]*)"', dom)[1].replace("&quot;", '"')
+  said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
+  assert said["width"] == width and said["wide"] <= 0 and said["dark"] == dark  # nothing sticks out to the side
+  assert said["tip"] == f"0.png ({seen.classes[seen.images.labels[0]]})"
+  assert said["chosen"] == np.sum(seen.images.labels == 0) and said["smallest"] >= 11
+  loaded = re.findall(r'"url":"(\w+):[^"]*(?:page|probed)', (tmp_path / "net.json").read_text())
+  assert set(loaded) <= {"file"}

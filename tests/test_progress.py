@@ -1,13 +1,10 @@
-"""The live line of a run in a terminal, a notebook and a file; and the profile of a few steps."""
+"""The live line of a run in a terminal, a notebook and a file."""
 
-import gzip
 import io
-import json
 import types
 
 import pytest
 
-from runs import finish, rows, start
 from ssl_jax.run import log, progress, report
 
 
@@ -100,13 +97,3 @@ def test_the_live_line_tells_the_rate_once_it_is_measured(monkeypatch):
   assert report.underway(run, 6, clock.rate_now(6)) == "step 6/200  6 %  200 images/s  00:30 left"
   clock.restart(6)
   assert clock.rate_now(6) == pytest.approx(200) and clock.rate == pytest.approx(64 / 60)  # it was no question
-
-
-def test_some_steps_are_profiled_and_no_number_changes(unbroken, cache, tmp_path):
-  out = finish(start(cache, "train.py", tmp_path / "run", profile_steps="10,11"))
-  assert "wrote a profile of steps 10 to 11" in out
-  (folder,) = (tmp_path / "run" / "tensorboard" / "plugins" / "profile").iterdir()  # where TensorBoard looks
-  assert list(folder.glob("*.xplane.pb"))
-  events = json.loads(gzip.decompress((folder / "perfetto_trace.json.gz").read_bytes()))["traceEvents"]
-  assert len(events) > 100
-  assert rows(tmp_path / "run") == rows(unbroken[0])
