@@ -1,5 +1,6 @@
 """report.html: what it tells, that it loads nothing, that everybody can read it, and that a run never ends for it."""
 
+import contextlib
 import gzip
 import html
 import html.parser
@@ -9,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import types
 
 import numpy as np
@@ -108,8 +110,9 @@ def test_a_runs_page_tells_what_it_is_and_what_it_is_worth(unbroken):
     "jaxlib",
   ):
     assert part in said, part
-  assert text.count('class="point c') == 200 and text.count('<div><span class="thumb sheet0 asked"') == 12
-  points = np.array(json.loads((folder / "report.json").read_text())["maps"][0]["points"])
+  maps = json.loads((folder / "report.json").read_text())["maps"]
+  assert text.count('class="point c') == 200 * len(maps) and text.count('<div><span class="thumb sheet0 asked"') == 12
+  points = np.array(maps[0]["points"])
   assert points.min() >= 0 and points.max() == 1 and np.ptp(points, axis=0).min() > 0.2
   assert len(text) < 600_000
 
@@ -373,6 +376,21 @@ def test_the_map_is_that_of_the_principal_components():
   for i in (0, 1):
     assert abs(np.corrcoef(got[:, i], want[:, i])[0, 1]) > 0.999
   assert np.ptp(got[:, 0]) == pytest.approx(1, abs=2e-3) and np.ptp(got[:, 1]) < 1  # one scale for both axes
+
+
+def test_tsne_is_drawn_at_the_end_where_it_is_installed(monkeypatch):
+  unit = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+  monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+  assert [x["title"] for x in look.maps(unit, thorough=True)] == ["PCA"]
+  for name in ("sklearn", "sklearn.manifold", "threadpoolctl"):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  asked = []
+  fit = lambda **settings: types.SimpleNamespace(fit_transform=lambda x: asked.append((settings, x.shape)) or x[:, :2])  # noqa: E731
+  monkeypatch.setattr(sys.modules["sklearn.manifold"], "TSNE", fit, raising=False)
+  monkeypatch.setattr(sys.modules["threadpoolctl"], "threadpool_limits", contextlib.nullcontext, raising=False)
+  assert [x["title"] for x in look.maps(unit, thorough=False)] == ["PCA"] and not asked
+  assert [x["title"] for x in look.maps(unit, thorough=True)] == ["PCA", "t-SNE"]
+  assert asked == [(dict(perplexity=19 / 3, init="pca", random_state=0), (20, 20))]
 
 
 def luminance(colour):

@@ -95,5 +95,8 @@ def test_the_live_line_tells_the_rate_once_it_is_measured(monkeypatch):
   assert report.underway(run, 3, clock.rate_now(3)) == "step 3/200  3 %"
   now[0] += 0.7
   assert report.underway(run, 6, clock.rate_now(6)) == "step 6/200  6 %  200 images/s  00:30 left"
+  assert clock.rate == pytest.approx(64 / 60)  # it was no question
   clock.restart(6)
-  assert clock.rate_now(6) == pytest.approx(200) and clock.rate == pytest.approx(64 / 60)  # it was no question
+  assert clock.rate_now(6) == pytest.approx(200)
+  now[0] += 0.5  # less than a second, and a row
+  assert clock.images_per_second(8) == clock.rate_now(9) == pytest.approx(256)

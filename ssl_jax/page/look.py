@@ -140,12 +140,14 @@ def maps(unit: np.ndarray, thorough: bool) -> list[dict[str, Any]]:
   planes = [plane]
   if thorough and n >= 10 and spread:
     try:
+      import threadpoolctl  # which scikit-learn needs
       from sklearn.manifold import TSNE
     except ImportError:
       pass
     else:
       settings: dict[str, Any] = dict(perplexity=min(30, (n - 1) / 3), init="pca", random_state=0)
-      planes.append(TSNE(**settings).fit_transform(scores.astype(np.float32)))
+      with threadpoolctl.threadpool_limits(1):  # On a busy machine its threads wait for one another for minutes.
+        planes.append(TSNE(**settings).fit_transform(scores.astype(np.float32)))
       found.append({"title": "t-SNE", "about": "Near points are alike; distances between groups say little."})
   for entry, plane in zip(found, planes, strict=True):
     span = np.maximum(np.ptp(plane, axis=0).max(), 1e-9)

@@ -105,13 +105,14 @@ class Clock:
   def images_per_second(self, step: int) -> float:
     """The rate since the last question or restart; the last one known if no step was taken since."""
     if step > self.step:
-      elapsed = time.perf_counter() - self.time
+      elapsed, first = time.perf_counter() - self.time, not self.rate
       self.rate, self.share = (step - self.step) * self.batch_size / elapsed, self.waited / elapsed
+      self.shown = 0.0 if first else self.rate
       self.restart(step)
     return self.rate
 
   def rate_now(self, step: int) -> float:
-    """The rate for the live line, which is no question; 0 until it has been measured for a second."""
+    """The rate for the live line, which is no question; 0 until one is known without the compilation."""
     elapsed = time.perf_counter() - self.time
     if step > self.step and elapsed > 1:
       self.shown = (step - self.step) * self.batch_size / elapsed
