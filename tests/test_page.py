@@ -192,8 +192,8 @@ def test_a_page_is_made_of_whatever_there_is(tmp_path):
 
 
 def test_runs_stand_side_by_side_with_what_differs(tmp_path):
-  a = workdir(tmp_path / "a", gallery(), trained(75), lr={"base": 0.1}, seed=0)
-  b = workdir(tmp_path / "b", gallery(seed=1), trained(82), lr={"base": 0.2}, seed=0)
+  a = workdir(tmp_path / "a", gallery(), trained(75), lr={"base": 0.1}, seed=0, log_every_steps=1)
+  b = workdir(tmp_path / "b", gallery(seed=1), trained(82), lr={"base": 0.2}, seed=0, log_every_steps=2)
   assert report.main([str(a), str(b), f"--out={tmp_path / 'both.html'}"]) == 0
   text = (tmp_path / "both.html").read_text()
   said = told(text)

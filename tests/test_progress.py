@@ -59,6 +59,7 @@ def test_one_line_lives_below_those_that_stay(watched, stream, every):
     progress.live(lambda i=i: drawn.append(i) or f"step {i} " + "." * (120 - i))
   assert 9 <= len(drawn) <= 10  # and no text was made for nothing
   assert screen.lines() == [f"step {drawn[-1]} {'.' * (120 - drawn[-1])}"[:39]]
+  assert max(map(len, screen.getvalue().split("\r"))) == 39  # a longer one would wrap, and stay
   progress.keep("a row")
   clock[0] += every
   progress.live(lambda: "short")
