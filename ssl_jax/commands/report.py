@@ -52,9 +52,13 @@ def write(workdirs: list[pathlib.Path], out: pathlib.Path | None, fresh: bool) -
     pages.folder(workdir)  # so that what is no run is told before any work
   check_writable("--out", out)
   for workdir in workdirs:
-    if fresh or not pages.folder(workdir)["look"]:
+    last = pages.folder(workdir)["look"]
+    if fresh or not last:
+      told = {
+        key: last[key] for key in ("environment", "described", "command") if key in last
+      }  # of the training itself
       try:
-        write_whole(workdir / pages.LOOK, json.dumps(look_again(workdir)))
+        write_whole(workdir / pages.LOOK, json.dumps(look_again(workdir) | told))
       except UserError as error:
         print(f"{workdir}: no new pictures: {error}")
   pages.write_page(workdirs, out)
