@@ -17,15 +17,9 @@ from ssl_jax.settings import Setting, each, flag, number, one_of, optional, posi
 
 # What may change between the runs of one workdir: it changes no number of the training, but by rounding. What a folder
 # holds is compared by itself.
-FREE = (
-  "stop_after_steps",
-  "log_every_steps",
-  "eval_every_epochs",
-  "checkpoint_every_steps",
-  "keep_checkpoints",
-  "report",
-)
+FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
 FREE_PREFIXES = ("parallel.", "data.data_dir", "data.folder", "data.threads", "data.workers", "knn.", "eval_view.")
+ASIDE = ("report", "profile_steps")  # what is written beside the training may change too
 # What may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 
@@ -266,7 +260,7 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
   differ = [
     f"{key}: now {now.get(key)!r}, then {then.get(key)!r}"
     for key in sorted({*now, *then})
-    if now.get(key) != then.get(key) and key not in FREE and not key.startswith(FREE_PREFIXES)
+    if now.get(key) != then.get(key) and key not in FREE + ASIDE and not key.startswith(FREE_PREFIXES)
   ]
   if differ:
     raise UserError(

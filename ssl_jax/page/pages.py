@@ -368,5 +368,5 @@ def _differences(runs):
   """(key, [value of each run]) where the configs differ."""
   flat = [dict(_flat(run["config"])) for run in runs]
   keys = dict.fromkeys(key for x in flat for key in x)
-  rows = [(key, [x.get(key, "-") for x in flat]) for key in keys if key not in configs.FREE]
+  rows = [(key, [x.get(key, "-") for x in flat]) for key in keys if key not in configs.FREE + configs.ASIDE]
   return [(key, values) for key, values in rows if len(set(values)) > 1]
