@@ -9,10 +9,12 @@ command is started on every host; they find each other (docs/pods.md).
 """
 
 import contextlib
+import functools
 import pathlib
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags
@@ -22,7 +24,8 @@ from ssl_jax import build, parallel
 from ssl_jax import config as configs
 from ssl_jax.build import Run
 from ssl_jax.evaluation import during_training, guard
-from ssl_jax.run import checkpoint, cli, cluster, lock, log, plots, report
+from ssl_jax.page import pages
+from ssl_jax.run import checkpoint, cli, cluster, lock, log, plots, profile, progress, report
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
@@ -79,13 +82,16 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
   """
   config, started, number = run.config, time.perf_counter(), 0
   waiting: list[tuple[int, dict]] = []  # (step, metrics) still on the device
+  page = pages.Pages(run, workdir)
   with (
     contextlib.closing(log.make_writer(workdir, start or -1)) as writer,
     contextlib.closing(checkpoint.manager(workdir / "checkpoints", config.keep_checkpoints)) as saver,
+    contextlib.closing(profile.Profile(workdir / "tensorboard", config.get("profile_steps"))) as profiled,
+    progress.cleared(),
     cluster.ending_together(folder=workdir),
   ):
     if start == 0:
-      evaluate(run, writer, train, 0, workdir)
+      page.write(train, 0, evaluate(run, writer, train, 0, workdir))
       if config.get("guard") and not checkpoint.steps(workdir / "checkpoints"):
         checkpoint.save(saver, 0, train._asdict())  # which may turn out to be the best
     clock = log.Clock(start, config.batch_size)
@@ -93,6 +99,7 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
     for step in range(start + 1, run.last_step + 1):
       with clock.waiting():
         found = next(batches)
+      profiled.before(step, train)
       # Both calls return at once: this batch is copied while the device computes the step before.
       batch = {name: found[name] for name in run.inputs}
       train, row = run.train_step(train, parallel.put_batch(run.mesh, batch))
@@ -101,10 +108,13 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
       if waiting and waiting[-1][0] % config.log_every_steps == 0:
         log.write_steps(run, writer, clock, waiting, train)  # One step late: the device is busy with the next one.
       waiting.append((step, row))
+      if profiled.after(step, train):
+        clock.restart(step)
       if step == start + 1:
         jax.block_until_ready(train)
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
+      cli.live(functools.partial(report.underway, run, step, clock.rate_now(step)))
 
       number = stopping()
       ends = number or step == run.last_step
@@ -112,11 +122,14 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
         # First, so that no row is lost and nothing bad is saved.
         log.write_steps(run, writer, clock, waiting, train)
-        if evaluates:
-          evaluate(run, writer, train, step, workdir)
+        drawn = evaluate(run, writer, train, step, workdir) if evaluates else None
         if step == run.last_step and cluster.is_main():
           plots.draw_curves(workdir, run.chance, f"{config.method.name}, {run.train_set.name}")
         checkpoint.save(saver, step, train._asdict())
+        if evaluates:
+          page.write(train, step, drawn)
+        elif ends:
+          page.end()
         clock.restart(step)
       if ends:
         break
@@ -124,8 +137,8 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
   return step, number
 
 
-def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> None:
-  """Writes the row of an evaluation, and pictures/<step>.png, where the method has some."""
+def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> Any:
+  """Writes the row of an evaluation, and pictures/<step>.png, where the method has some; returns these or None."""
   row = during_training.evaluate(run, train, step)
   say(f"step {step}/{run.steps}  {report.evaluation(row)}")
   if run.config.get("guard"):
@@ -135,6 +148,7 @@ def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, ste
   if drawn is not None and cluster.is_main():
     path = workdir / "pictures" / f"{step:08d}.png"
     writer.show("pictures", plots.draw_pictures(path, drawn, f"{run.config.method.name}, step {step}"), step)
+  return drawn
 
 
 if __name__ == "__main__":

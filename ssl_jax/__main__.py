@@ -8,6 +8,7 @@
   embed      writes the features of many images, with their names
   neighbours finds the most similar images, by their features
   duplicates finds images that are there more than once, by their features
+  report     writes a page that shows what came of a run, or of a few side by side
 
 python -m ssl_jax COMMAND --help tells what a command takes.
 """
@@ -15,7 +16,7 @@ python -m ssl_jax COMMAND --help tells what a command takes.
 import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show", "judge", "export", "embed", "neighbours", "duplicates")
+COMMANDS = ("check", "prepare", "show", "judge", "export", "embed", "neighbours", "duplicates", "report")
 
 
 def main() -> int:

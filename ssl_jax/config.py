@@ -20,6 +20,7 @@ from ssl_jax.settings import AUTO, Setting, each, flag, number, one_of, optional
 # holds is compared by itself.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
 FREE_PREFIXES = ("parallel.", "data.data_dir", "data.folder", "data.threads", "data.workers", "knn.", "eval_view.")
+ASIDE = ("report", "profile_steps")  # what is written beside the training may change too
 # What may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 
@@ -61,6 +62,10 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
   "eval_every_epochs": whole(required=True),
   "checkpoint_every_steps": whole(required=True),
   "keep_checkpoints": whole(required=True),
+  "report": optional(flag()),
+  "profile_steps": optional(
+    Setting(lambda x: each(whole(), (2,)).holds(x) and x[0] <= x[1], "two steps, the first and the last")
+  ),
 }
 # What a recipe may leave to `decide`, by `auto()`; in a view, whose keys are plain values, by "auto".
 _OPEN = re.compile(
@@ -133,6 +138,8 @@ def base() -> ml_collections.ConfigDict:
   config.eval_every_epochs = 10
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 3
+  config.report = True  # report.html, at evaluations and at the end
+  config.profile_steps = config_dict.placeholder(tuple)  # first and last step to record for TensorBoard and Perfetto
   return config
 
 
@@ -282,11 +289,11 @@ def as_json(tree: Any) -> Any:
 
 def check_same(config: Any, saved: dict[str, Any]) -> None:
   """Raises UserError if `config` contradicts the one that a workdir was started with."""
-  now, then = _flatten(to_json(config)), _flatten(saved)
+  now, then = flattened(to_json(config)), flattened(saved)
   differ = [
     f"{key}: now {now.get(key)!r}, then {then.get(key)!r}"
     for key in sorted({*now, *then})
-    if now.get(key) != then.get(key) and key not in FREE and not key.startswith(FREE_PREFIXES)
+    if now.get(key) != then.get(key) and key not in FREE + ASIDE and not key.startswith(FREE_PREFIXES)
   ]
   if differ:
     raise UserError(
@@ -298,20 +305,20 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
 
 def facts(config: Any) -> dict[str, str]:
   """The keys that all processes of a run must have alike, dotted, with their values as JSON."""
-  return {f"config.{key}": json.dumps(x) for key, x in _flatten(to_json(config)).items() if key not in LOCAL}
+  return {f"config.{key}": json.dumps(x) for key, x in flattened(to_json(config)).items() if key not in LOCAL}
 
 
 def has_key(config: Any, key: str) -> bool:
   """Whether a dotted key exists, as a value or as a group of values."""
-  return any(f"{name}.".startswith(f"{key}.") for name in _flatten(config.to_dict()))
+  return any(f"{name}.".startswith(f"{key}.") for name in flattened(config.to_dict()))
 
 
 def nearest_key(config: Any, key: str) -> str:
   """The existing dotted key that looks most like `key`."""
-  return difflib.get_close_matches(key, _flatten(config.to_dict()), 1, 0.0)[0]
+  return difflib.get_close_matches(key, flattened(config.to_dict()), 1, 0.0)[0]
 
 
-def _flatten(tree: Any, prefix: Sequence[str] = ()) -> dict[str, Any]:
+def flattened(tree: Any, prefix: Sequence[str] = ()) -> dict[str, Any]:
   if not isinstance(tree, dict):
     return {".".join(prefix): tree}
-  return {k: v for name, child in tree.items() for k, v in _flatten(child, (*prefix, name)).items()}
+  return {k: v for name, child in tree.items() for k, v in flattened(child, (*prefix, name)).items()}

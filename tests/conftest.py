@@ -63,7 +63,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, cache):
-  """A whole run: (workdir, what it printed). The first worker that asks makes it, another waits for it."""
+  """A whole run, its page too: (workdir, what it printed). The first worker that asks makes it, another waits."""
   folder = shared_folder(tmp_path_factory) / "unbroken"
   workdir, printed = folder / "run", folder / "printed.txt"
   try:
@@ -74,7 +74,7 @@ def unbroken(tmp_path_factory, cache):
       assert time.time() < deadline
       time.sleep(0.1)
   else:
-    out = runs.finish(runs.start(cache, "train.py", workdir))
+    out = runs.finish(runs.start(cache, "train.py", workdir, report=True))
     (folder / "scratch").write_text(out)
     (folder / "scratch").rename(printed)
   return workdir, printed.read_text()

@@ -26,6 +26,7 @@ SMALL = {
   "log_every_steps": 2,
   "eval_every_epochs": 1,
   "checkpoint_every_steps": 4,
+  "report": False,  # but for the run that all share
 }
 
 

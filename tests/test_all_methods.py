@@ -62,7 +62,7 @@ def small(name):
   config.lr = dict(base=0.05, scaling="none", warmup_epochs=0.0, end=0.0)
   config.no_decay = ()
   config.log_every_steps = config.eval_every_epochs = 1
-  config.checkpoint_every_steps = 100
+  config.checkpoint_every_steps, config.report = 100, False
   return config
 
 

@@ -299,6 +299,7 @@ def test_a_config_survives_its_file():
 def test_only_what_changes_no_number_may_change_on_resume():
   saved = configs.to_json(quick())
   configs.check_same(quick(stop_after_steps=3, log_every_steps=1, checkpoint_every_steps=9, eval_every_epochs=2), saved)
+  configs.check_same(quick(report=False, profile_steps=(3, 4)), saved)
   for key, value in {"seed": 1, "epochs": 99, "lr.base": 0.5, "microbatch": 8, "data.split": "train[:5]"}.items():
     with pytest.raises(UserError, match=rf"{key}: now {value!r}".replace("[", r"\[")):
       configs.check_same(quick(**{key: value}), saved)

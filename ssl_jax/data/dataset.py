@@ -78,6 +78,7 @@ class Dataset(abc.ABC):
     name: the name that it was loaded by.
     split: the split, or slice of one, that it was loaded by.
     classes: names of the classes, where they are folders.
+    class_names: what people call the classes, where that is known otherwise.
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
     reading: how many threads and processes read it.
     window: what of values of more than 8 bits is read, see `image.read_image`; None: there are none.
@@ -91,6 +92,7 @@ class Dataset(abc.ABC):
   name: str
   split: str
   classes: tuple[str, ...] = ()
+  class_names: tuple[str, ...] = ()
   fingerprint: str = ""
   reading: Reading = ALL_CORES
   window: Window | None = None

@@ -72,6 +72,7 @@ def load(
   label = dict(builder.info.features.items()).get("label")
   # A ClassLabel is an integer scalar too. Other types (a caption, a list) are not classes that a k-NN can predict.
   labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+  names = tuple(getattr(label, "names", None) or ()) if labelled else ()
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
   needed = n * height * width * channels if height and width else math.inf
   notes: dict[str, Any] = {}
@@ -84,7 +85,7 @@ def load(
   if encoded and (needed > max_bytes or height * width * channels > LARGEST):
     num_classes = (getattr(label, "num_classes", None) or 1) if labelled else 0
     known = None if labelled else np.full(n, -1, np.int32)
-    about: dict[str, Any] = dict(num_classes=num_classes, name=name, split=split, reading=reading)
+    about: dict[str, Any] = dict(num_classes=num_classes, name=name, split=split, reading=reading, class_names=names)
     return Streamed(images=records, labels=known, **about, **notes)
   if needed > max_bytes:
     most = max_bytes // (height * width * channels)
@@ -105,7 +106,7 @@ def load(
     if labelled:
       labels[i] = example["label"]
   num_classes = (getattr(label, "num_classes", None) or int(labels.max()) + 1) if labelled else 0
-  about = dict(labels=labels, num_classes=num_classes, name=name, split=split, reading=reading)
+  about = dict(labels=labels, num_classes=num_classes, name=name, split=split, reading=reading, class_names=names)
   return InMemory(images=images, **about, **notes)
 
 

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, progress
 
 # ml_collections reads "none" into texts only, and a key without a value is called that.
 _NONE = re.compile(r"--?config\.([\w.]+)=none", re.IGNORECASE)
@@ -28,7 +28,13 @@ _LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def say(line: str) -> None:
   """Prints one line on standard output, from the main process only; flushed, so that a log file is up to date."""
   if cluster.is_main():
-    print(line, flush=True)
+    progress.keep(line)
+
+
+def live(text: Callable[[], str]) -> None:
+  """Draws the live line, from the main process only, where and when it is time for it (`progress.live`)."""
+  if cluster.is_main():
+    progress.live(text)
 
 
 def large_pages_hint() -> str | None:

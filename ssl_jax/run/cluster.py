@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ssl_jax.errors import UserError
+from ssl_jax.run import progress
 
 HEARTBEAT = 60  # seconds without a heartbeat of one process after which JAX ends all others
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -185,7 +186,7 @@ def listening_for_signals() -> Iterator[Callable[[], int]]:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if number == signal.SIGINT:
-      print("stopping after this step, and saving; Ctrl-C once more ends at once", flush=True)
+      progress.keep("stopping after this step, and saving; Ctrl-C once more ends at once")
 
   if threading.current_thread() is threading.main_thread():
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -251,6 +252,7 @@ def ending_together(orderly: type[Exception] | tuple[()] = (), folder: pathlib.P
 def leave(text: str) -> None:
   """Ends this process at once with a line, whatever its threads are doing; other processes notice it."""
   try:
+    progress.clear()
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

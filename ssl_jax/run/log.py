@@ -95,7 +95,7 @@ class Clock:
 
   def __init__(self, step: int, batch_size: int):
     self.outlook_from: float = step + _SETTLED
-    self.batch_size, self.rate, self.share = batch_size, 0.0, 0.0
+    self.batch_size, self.rate, self.share, self.shown = batch_size, 0.0, 0.0, 0.0
     self.restart(step)
 
   def restart(self, step: int) -> None:
@@ -110,10 +110,18 @@ class Clock:
   def images_per_second(self, step: int) -> float:
     """The rate since the last question or restart; the last one known if no step was taken since."""
     if step > self.step:
-      elapsed = time.perf_counter() - self.time
+      elapsed, first = time.perf_counter() - self.time, not self.rate
       self.rate, self.share = (step - self.step) * self.batch_size / elapsed, self.waited / elapsed
+      self.shown = 0.0 if first else self.rate
       self.restart(step)
     return self.rate
+
+  def rate_now(self, step: int) -> float:
+    """The rate for the live line, which is no question; 0 until one is known without the compilation."""
+    elapsed = time.perf_counter() - self.time
+    if step > self.step and elapsed > 1:
+      self.shown = (step - self.step) * self.batch_size / elapsed
+    return self.shown
 
 
 def outlook(run: "Run", step: int, rate: float, now: float) -> list[str]:

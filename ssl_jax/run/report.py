@@ -63,6 +63,15 @@ def progress(run: "Run", row: dict) -> str:
   )
 
 
+def underway(run: "Run", step: int, rate: float) -> str:
+  """The live line between two that are logged; `rate` is 0 where it is not known yet."""
+  done = f"step {step}/{run.steps}  {100 * step / run.last_step:.0f} %"
+  if not rate:
+    return done
+  left = format_duration((run.last_step - step) * run.config.batch_size / rate)
+  return f"{done}  {rate:,.0f} images/s  {left} left"
+
+
 def evaluation(row: dict) -> str:
   """What an evaluation found, in a line."""
   if "test_top1" in row:

@@ -27,6 +27,7 @@ WRITTEN = (
   "curves.png",
   "pictures",
   "skipped.txt",
+  "report.html",
 )
 _TOLD = 10  # files that cannot be read are told one by one, up to so many
 
@@ -99,7 +100,7 @@ def noting_skipped(
   Each process has a list of its own, process 1's in skipped_1.txt; process 0 also tells its first ones.
   """
   path = workdir / ("skipped.txt" if cluster.is_main() else f"skipped_{jax.process_index()}.txt")
-  known = set(path.read_text().splitlines()) if path.exists() else set()
+  known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
   for batch in batches:
     for i in batch["wanted"][batch["wanted"] != batch["index"]]:
       name = dataset.image_name(i)
@@ -112,7 +113,11 @@ def noting_skipped(
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a kill leaves the old one or the new one."""
+  """Writes a file so that a kill, or a full disk, leaves the old one or the new one."""
   scratch = path.with_suffix(".tmp")
-  scratch.write_text(text)
-  os.replace(scratch, path)
+  try:
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+  except OSError:
+    scratch.unlink(missing_ok=True)
+    raise
