@@ -74,9 +74,10 @@ class ViT(nn.Module):
     token_init: of the class token and registers.
     frozen_patch_embed: no gradient to the patch embedding (MoCo v3).
     features: see above.
-    recompute: rematerialise layer norms and GELUs in the backward pass, from inputs that are stored anyway. Their other
-      residuals are a third of a training step's memory, and on a bandwidth-bound device writing and reading them costs
-      about what these few elementwise operations cost.
+    recompute: rematerialise layer norms and GELUs in the backward pass, from inputs that are stored anyway. On a CPU
+      their other residuals are a third of a training step's memory, and writing and reading them costs about what these
+      few elementwise operations cost. For a GPU XLA does so by itself: on an H200 the memory is the same without it, and
+      the time 3 to 5 % less.
     dtype: of the computation; parameters stay float32.
   """
 
