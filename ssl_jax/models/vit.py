@@ -76,8 +76,8 @@ class ViT(nn.Module):
     features: see above.
     recompute: rematerialise layer norms and GELUs in the backward pass, from inputs that are stored anyway. On a CPU
       their other residuals are a third of a training step's memory, and writing and reading them costs about what these
-      few elementwise operations cost. For a GPU XLA does so by itself: on an H200 the memory is the same without it, and
-      the time 3 to 5 % less.
+      few elementwise operations cost. For a GPU XLA does so by itself: on an H200 the memory is the same without it,
+      and the time 3 to 5 % less.
     dtype: of the computation; parameters stay float32.
   """
 
