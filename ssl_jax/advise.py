@@ -17,11 +17,9 @@ def on_data(config: Any, data: DataFacts) -> list[str]:
   if channels == 1 and data.coloured:
     share = f"{data.coloured:,} of {looked:,} images looked at"
     lines.append(f"data.channels=1: {share} have colours, which become grey; --config.data.channels=3 keeps them")
-  if size > data.short:
-    larger = sum(min(shape) < size for shape in data.sizes)
-    if larger > looked / 2:
-      sizes = f"the shorter side of most images is {data.short}"
-      lines.append(f"views[0].size={size}: {sizes}, so that views are enlarged; smaller ones cost less")
+  if sum(min(shape) < size for shape in data.sizes) > looked / 2:
+    sizes = f"the shorter side of most images is {data.short}"
+    lines.append(f"views[0].size={size}: {sizes}, so that views are enlarged; smaller ones cost less")
   if data.channels == 1:
     if channels == 3:
       lines.append("data.channels=3: all images looked at are grey; --config.data.channels=1 costs less")
