@@ -76,6 +76,7 @@ class ViT(nn.Module):
     recompute: rematerialise layer norms and GELUs in the backward pass, from inputs that are stored anyway. Their other
       residuals are a third of a training step's memory, and on a bandwidth-bound device writing and reading them costs
       about what these few elementwise operations cost.
+    norm_dtype: of what the last norm gives; None: the computation's.
     dtype: of the computation; parameters stay float32.
   """
 
@@ -101,6 +102,7 @@ class ViT(nn.Module):
   frozen_patch_embed: bool = False
   features: str = "cls"
   recompute: bool = True
+  norm_dtype: Any = None
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -128,7 +130,7 @@ class ViT(nn.Module):
       Block, self.heads, self.mlp_ratio, *inits, self.dtype, self.recompute, self.layer_scale, self.ffn
     )
     self.blocks = [block() for _ in range(self.depth)]
-    self.norm = layer_norm(self.dtype, self.recompute)
+    self.norm = layer_norm(self.norm_dtype or self.dtype, self.recompute)
 
   def __call__(self, images: jax.Array, *, train: bool, uniforms: jax.Array | None = None) -> jax.Array:
     """Maps float [b, H, W, C] to float32 [b, features].
