@@ -26,7 +26,7 @@ from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.data.folder import files_of
 from ssl_jax.data.image import as_pixels
-from ssl_jax.data.memory import InMemory
+from ssl_jax.data.memory import Cut
 from ssl_jax.decide import Decision
 from ssl_jax.errors import NoSplit, UserError
 from ssl_jax.evaluation import features, guard, probe
@@ -432,7 +432,7 @@ class Restored(NamedTuple):
     for start in range(0, len(images), self.extractor.batch_size):
       some = images[start : start + self.extractor.batch_size]
       cut = np.stack([centre_crop(as_pixels(x, self.config.data.channels), self.eval_view) for x in some])
-      batch = InMemory(images=cut, labels=np.full(len(cut), -1), num_classes=0, name="images", split="")
+      batch = Cut(images=cut, labels=np.full(len(cut), -1), num_classes=0, name="images", split="")
       found.append(self.extractor.all(self.variables, batch).features)
     return np.concatenate(found)
 

@@ -62,7 +62,8 @@ def shrink(config):
   if config.encoder.name.startswith("resnet"):
     config.encoder.update(width=0.125, stages=(1, 1))
   else:
-    config.encoder = dict(name="vit", patch_size=4, dim=12, depth=2, heads=3)
+    kept = {key: config.encoder[key] for key in ("layer_scale", "registers") if key in config.encoder}
+    config.encoder = dict(name="vit", patch_size=4, dim=12, depth=2, heads=3, **kept)
   small = dict(bn_group_size=2, queue_size=24, hidden=16, features=8)
   config.method.update({key: value for key, value in small.items() if key in config.method})
   for key, part in dict(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from einops import rearrange
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from named_weights import named_images, named_weight
 from test_config import by_name, recipe
@@ -410,6 +411,35 @@ def test_pictures_colour_the_teachers_patches_by_their_principal_components():
     scores, got = left[:, i] * values[i], shown[:, 0, i]
     assert got.min() == 0 and got.max() == 255
     assert abs(np.corrcoef(scores, got)[0, 1]) > 0.9999
+
+
+def test_the_official_recipe_starts_as_the_official_network():
+  config = recipe(by_name("dinov2_imagenet"))
+  config.encoder = dict(name="vit", dim=48, depth=1, heads=3, patch_size=4, registers=4, layer_scale=1e-5)
+  config.method.head.update(hidden=32, bottleneck=16, prototypes=24)
+  config.views = ({**config.views[0], "size": 16}, {**config.views[1], "size": 16})
+  method, _ = build.method_of(config, 8, 4, axis_name=None)
+  params, state = jax.jit(method.init)(ONE, (jnp.zeros((2, 1, 16, 16, 3)),))
+  assert config.dtype == "bfloat16"
+  _, aux = jax.eval_shape(method.loss, params, state, (jnp.zeros((2, 8, 16, 16, 3)),), KEYS, 0)
+  assert aux.monitored.embedding.dtype == jnp.float32  # what KoLeo takes
+  jax.tree.map(np.testing.assert_array_equal, params, state.teacher_params)
+  assert sorted(state.centers) == ["cls", "patch"] and not any(map(np.any, state.centers.values()))
+  flat = flatten_dict(params, sep="/")
+  for name, std in {
+    "cls_token": 1e-6,
+    "register_tokens": 1e-6,
+    "pos_embed": 0.02,
+    "blocks_0/mlp/fc1/kernel": 0.02,
+  }.items():
+    x = flat.pop(f"encoder/{name}")
+    assert np.std(x) == pytest.approx(std, rel=5 / (2 * x.size) ** 0.5), name
+  for name, value in {"mask_token": 0, "blocks_0/ls1/gamma": 1e-5, "blocks_0/ls2/gamma": 1e-5}.items():
+    np.testing.assert_array_equal(flat.pop(f"encoder/{name}"), np.float32(value), err_msg=name)
+  np.testing.assert_array_equal(flat["head/last_layer/weight_g"], 1)
+  bound = 1 / np.sqrt(48)  # PyTorch's default for 4 x 4 pixels of 3 channels
+  for name in ("kernel", "bias"):
+    assert 0.9 * bound < np.max(np.abs(flat[f"encoder/patch_embed/proj/{name}"])) <= bound, name
 
 
 @pytest.mark.parametrize("sizes", [(16,), (16, 8), (16, 16, 16), (16, 16, 8, 4)])

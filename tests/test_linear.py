@@ -1,5 +1,6 @@
 """Logistic regression against scikit-learn's solutions, the protocol around it, and what a restored encoder gives."""
 
+import dataclasses
 import json
 import pathlib
 import tarfile
@@ -14,7 +15,7 @@ from test_all_methods import in_memory
 import eval_linear
 from ssl_jax import build, logistic_regression, parallel, restore_encoder
 from ssl_jax.errors import UserError
-from ssl_jax.evaluation import accuracy, intervals, linear, probe, scores
+from ssl_jax.evaluation import accuracy, features, intervals, linear, probe, scores
 from ssl_jax.run import log
 
 flags.FLAGS.mark_as_parsed()  # eval_linear.main reads them
@@ -264,6 +265,10 @@ def test_images_without_a_label_have_features_and_those_unreadable_are_left_out(
   assert len(labelled) == 23
   originals = [dataset.original(i) for i in found.indices]
   np.testing.assert_array_equal(run.features(originals), found.features)
+  margin = dataclasses.replace(run.eval_view, resize=32)  # more than its size
+  cropping = features.Extractor(run.encoder, margin, parallel.make_mesh(), 8)
+  want = cropping.all(run.variables, dataset).features
+  np.testing.assert_array_equal(run._replace(eval_view=margin, extractor=cropping).features(originals), want)
 
 
 @pytest.mark.parametrize(

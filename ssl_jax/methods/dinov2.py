@@ -284,10 +284,11 @@ def from_config(settings: Any, context: Context) -> Method:
   def teacher_temperature(step):
     return start + (end - start) * jnp.minimum(step / max(warm - 1, 1), 1) if warm else jnp.full((), end)
 
+  wide = jnp.promote_types(context.dtype, jnp.float32)  # neighbours may differ by less than half precision tells
   head = functools.partial(DINOHead, train_gain=True, dtype=context.dtype)
   optional = ("center_momentum", "patch_weight", "koleo_weight", "mask_share", "mask_ratios")
   return dinov2(
-    make_encoder(settings, context).clone(mask_token=True),
+    make_encoder(settings, context).clone(mask_token=True, norm_dtype=wide),
     head(**settings.head),
     head(**settings.patch_head) if settings.patch_head else None,
     teacher_temperature=teacher_temperature,

@@ -5,7 +5,6 @@ these, without their data. Its size is bounded, whatever the images.
 """
 
 import base64
-import dataclasses
 import io
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import scipy.linalg
 
 from ssl_jax.commands import show
 from ssl_jax.data import Dataset
-from ssl_jax.data.memory import InMemory
+from ssl_jax.data.memory import Cut
 
 FORMAT = 1  # of a look's JSON: one of another is made anew
 IMAGES = 500  # that are shown and placed
@@ -26,14 +25,6 @@ _MOST_BYTES = 64 << 20  # of these in memory, on every process
 _SHEET, _GRID = 280_000, 100_000  # bytes of the sheet of thumbnails, and of the views or a method's pictures
 _ASKED, _NEAREST = 12, 6  # images whose neighbours are shown, and how many neighbours each
 _VIEWED = 6  # images whose views are shown
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut(InMemory):
-  """Images that are already as evaluation sees them, and are not cut a second time."""
-
-  def _is_whole(self, view):
-    return True
 
 
 class Gallery(NamedTuple):
