@@ -11,7 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
+import eval_knn  # noqa: F401  its flags, and those of the next two
+import eval_linear  # noqa: F401
+import ssl_jax.commands.judge  # noqa: F401
 from ssl_jax import build
 from ssl_jax import config as configs
 from ssl_jax.__main__ import COMMANDS as COMMANDS_OF_THE_PACKAGE
@@ -19,6 +23,7 @@ from ssl_jax.__main__ import COMMANDS as COMMANDS_OF_THE_PACKAGE
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PODS = (ROOT / "docs" / "pods.md").read_text()
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
 PAGES = "\n".join([TEXT, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL) for kind in ("bash", "python")}
 COMMANDS = [command.strip() for block in BLOCKS["bash"] for line in block.splitlines() for command in line.split("&&")]
@@ -74,6 +79,50 @@ def test_every_command_runs_and_the_python_after_it(run):
       os.chdir(cwd)
     if "state_dict" in here:
       assert here["features"].shape[0] == 2 and "conv1.weight" in here["state_dict"]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_on_evaluation_runs_and_the_python_after_it(run, photographs):
+  folder, _ = run
+  env = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+  env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+  small = SMALL.replace("512", "2000")  # of which 1 % are more than the classes
+
+  def call(command):
+    script, *arguments = shlex.split(command)[1:]
+    where = [script] if script == "-m" else [str(ROOT / script)]
+    done = subprocess.run([sys.executable, *where, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+  page = folder / "page"
+  for name, width in (("quickstart", "--config.encoder.width=0.125"), ("mae_quickstart", "")):
+    recipe, workdir = ROOT / "configs" / f"{name}.py", page / "runs" / name
+    call(f"python train.py --config={recipe} --workdir={workdir} {small} {width}")
+  folder = page
+  blocks = {kind: re.findall(rf"```{kind}\n(.*?)```", EVALUATION, re.DOTALL) for kind in ("bash", "python")}
+  commands = [line for block in blocks["bash"] for line in block.splitlines()]
+  assert len(commands) > 8
+  for command in commands:
+    shorter = "--head_steps=20" if "=heads" in command else "--C=0.1,1" if "eval_linear" in command else ""
+    call(f"{command} {shorter}")  # of a flag that is given twice the last counts
+  rng = np.random.default_rng(0)
+  here = {"labels": np.arange(30) % 3} | {
+    name: rng.integers(0, 256, (30, 28, 28, 1), dtype=np.uint8) for name in ("images", "test_images")
+  }
+  os.symlink(photographs, folder / "photographs")
+  cwd = os.getcwd()
+  os.chdir(folder)
+  try:
+    for block in blocks["python"]:
+      exec(block, here)
+  finally:
+    os.chdir(cwd)
+  assert here["answers"].shape == (30,) and len(here["names"]) == 23
+
+
+def test_every_flag_that_the_page_on_evaluation_names_exists():
+  names = set(re.findall(r"(?<![\w-])--(\w+)", EVALUATION))
+  assert len(names) > 15 and not [name for name in names if name not in flags.FLAGS]
 
 
 @pytest.mark.slow
