@@ -1,6 +1,5 @@
 """Logistic regression against scikit-learn's solutions, the protocol around it, and what a restored encoder gives."""
 
-import dataclasses
 import json
 import pathlib
 import tarfile
@@ -265,7 +264,7 @@ def test_images_without_a_label_have_features_and_those_unreadable_are_left_out(
   assert len(labelled) == 23
   originals = [dataset.original(i) for i in found.indices]
   np.testing.assert_array_equal(run.features(originals), found.features)
-  margin = dataclasses.replace(run.eval_view, resize=32)  # more than its size
+  margin = run.eval_view._replace(resize=32)  # more than its size
   cropping = features.Extractor(run.encoder, margin, parallel.make_mesh(), 8)
   want = cropping.all(run.variables, dataset).features
   np.testing.assert_array_equal(run._replace(eval_view=margin, extractor=cropping).features(originals), want)
