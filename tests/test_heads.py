@@ -91,7 +91,7 @@ def jitted_init(encoder, images):
 
 @pytest.fixture(scope="module")
 def vit():
-  encoder = ViT(patch_size=7, dim=8, depth=3, heads=2, image_size=14, init_std=0.5, features="mean")
+  encoder = ViT(patch_size=7, dim=8, depth=3, heads=2, image_size=14, init_std=0.5, registers=2, features="mean")
   variables = jitted_init(encoder, jnp.zeros((1, 14, 14, 1)))
   return encoder, variables, jax.random.uniform(jax.random.key(1), (5, 14, 14, 1))
 
@@ -107,8 +107,8 @@ def test_a_vit_is_read_by_blocks_and_pooling(vit):
     return tokens, [features.reading(encoder, kind, n)(variables, images) for kind, n in kinds]
 
   tokens, found = blocks_and_features(variables, images)
-  cls, mean = [np.asarray(x[:, 0]) for x in tokens], np.asarray(tokens[-1][:, 1:].mean(axis=1))
-  flat = np.asarray(tokens[-1][:, 1:]).reshape(5, -1)
+  cls, mean = [np.asarray(x[:, 0]) for x in tokens], np.asarray(tokens[-1][:, 3:].mean(axis=1))
+  flat = np.asarray(tokens[-1][:, 3:]).reshape(5, -1)
   for got, want in zip(found, ([mean], [mean], cls[2:], cls, [*cls[1:], mean], [flat], [*cls, mean]), strict=True):
     np.testing.assert_allclose(got, np.concatenate(want, axis=1), atol=1e-5)
   for name, want in {

@@ -64,8 +64,8 @@ def reading(encoder: nn.Module, kind: str | None = None, blocks: int = 1) -> Rea
   def tokens(variables, images):
     outputs = encoder.apply(variables, images, blocks, method="last_blocks")
     outputs = [x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in outputs]
-    parts = [x[:, 0] for x in outputs] + ([jnp.mean(outputs[-1][:, 1:], axis=1)] if kind == "cls+mean" else [])
-    return jnp.concatenate(parts, axis=1)
+    patches = outputs[-1][:, 1 + encoder.registers :]
+    return jnp.concatenate([x[:, 0] for x in outputs] + [jnp.mean(patches, axis=1)] * (kind == "cls+mean"), axis=1)
 
   return tokens
 

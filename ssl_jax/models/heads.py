@@ -207,7 +207,8 @@ class ClassifierNetwork(nn.Module):
       x = self.encoder(images, train=train and self.train_encoder, **dropped)
     else:
       tokens = self.encoder.last_blocks(images, self.blocks)
-      last = [jnp.mean(tokens[-1][:, 1:], axis=1)] if self.mean_patches else []
+      patches = tokens[-1][:, 1 + self.encoder.registers :]
+      last = [jnp.mean(patches, axis=1)] if self.mean_patches else []
       x = jnp.concatenate([*(x[:, 0] for x in tokens), *last], axis=-1).astype(jnp.float32)
     return self.head(x, train=train), x
 
