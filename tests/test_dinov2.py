@@ -165,7 +165,7 @@ def trajectory(g, run, dtype):
   views = 2 * [View(cfg["G"])] + cfg["V"] * [View(cfg["L"])]
   steps = cfg["ep"] * cfg["epochs"], cfg["ep"]
   encoder = functools.partial(models.make, config.encoder, method="dinov2", image_size=cfg["G"], dtype=dtype)
-  context = Context(encoder, True, views, cfg["B"], 3, *steps, dtype, axis_name=None)
+  context = Context(encoder, True, views, cfg["B"], 3, 0, *steps, dtype, axis_name=None)
   method = dinov2.from_config(config.method, context)
   rules = optim.ParameterRules(NO_DECAY, held=(r".*head/last_layer/.*",), late_epochs=1)
   rate = optim.make_schedule(config.lr, cfg["B"], *steps)

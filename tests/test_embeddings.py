@@ -257,6 +257,9 @@ def test_an_altered_copy_is_as_the_page_says():
   assert duplicates.altered(pixels[..., :2], np.random.default_rng(0)).shape[2] == 2
 
 
+TAKEN = {"workdir", "step", "batch_size", "folder", "split", "out", "k"}
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
   """Runs a command of the package in this process; returns what it printed, and its status with what it said."""
@@ -266,13 +269,18 @@ def command(monkeypatch, capsys):
 
   def call(line):
     before = set(flags.FLAGS)
+    others = {flag: flags.FLAGS[flag] for flag in before & TAKEN}  # of the commands beside it, in this process only
+    for flag in others:
+      delattr(flags.FLAGS, flag)
     name, *words = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [f"python -m ssl_jax {name}", *words])
     with pytest.raises(SystemExit) as ended:
       importlib.import_module(f"ssl_jax.commands.{name}").main()
     flags.FLAGS.unparse_flags()
-    for flag in set(flags.FLAGS) - before:
+    for flag in set(flags.FLAGS) - (before - others.keys()):
       delattr(flags.FLAGS, flag)
+    for flag, definition in others.items():
+      flags.FLAGS[flag] = definition
     return capsys.readouterr().out, ended.value.code
 
   return call

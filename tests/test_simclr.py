@@ -282,6 +282,7 @@ def config():
   return ml_collections.ConfigDict(
     dict(
       dtype="float32",
+      seed=0,
       data=dict(channels=3),
       views=2 * (dict(size=32),),
       microbatch=None,

@@ -66,7 +66,7 @@ def test_the_utilisation_is_told_where_the_peak_is_known(peak, monkeypatch):
   config = types.SimpleNamespace(log_every_steps=1, batch_size=10)
   numbers = dict(last_step=9, steps=9, steps_per_epoch=3, learning_rate=lambda step: 0.1 * step, chance=1.0)
   run = types.SimpleNamespace(config=config, flops=2e9, peak=peak, **numbers)
-  clock = types.SimpleNamespace(images_per_second=lambda step: 164.0, share=0.0)
+  clock = types.SimpleNamespace(images_per_second=lambda step: 164.0, share=0.0, outlook_from=9)
   row = {"loss": 1.0, "feature_std": 1.0, "effective_rank": 9.0}
   log.write_steps(run, types.SimpleNamespace(write=written.append), clock, [(3, row)], None)
   assert ("MFU 41 %" in said[0], written[0].get("mfu")) == (bool(peak), peak and 0.41)

@@ -236,7 +236,7 @@ def test_a_prepared_set_keeps_what_it_can_and_names_what_it_cannot(tmp_path, cap
   assert "2 images" in capsys.readouterr().out
   assert (tmp_path / "mine" / "1.0.0" / "skipped.txt").read_text() == (
     "a/1.tif\t5 pages, of which one would be kept: train on the folder itself\n"
-    "a/2.tif\t5 channels, not 3\n"
+    "a/2.tif\t5 channels, not 3: train on the folder itself, with --config.data.channels\n"
     "a/3.tif\tmore than 8 bits, which would be lost: save it as a 16-bit PNG, or train on the folder itself\n"
   )
   images = data.load("mine", "train", data_dir=tmp_path, channels=1)

@@ -235,6 +235,22 @@ def _images_per_second(x, values, row):
   return PLAIN, f"Images that are trained on in a second.{_since(values)}"
 
 
+def _part(x, values, row):
+  return PLAIN, f"A part of the loss.{_since(values)}"
+
+
+def _koleo(x, values, row):
+  return PLAIN, f"Lower where each class token's nearest neighbour is farther away.{_since(values)}"
+
+
+def _accuracy(x, values, row):
+  return PLAIN, f"On the batch's images as they are augmented; the test images tell what it is worth.{_since(values)}"
+
+
+def _feature_norm(x, values, row):
+  return PLAIN, f"The mean length of the features that the classifier gets.{_since(values)}"
+
+
 def _mfu(x, values, row):
   return PLAIN, f"The model's arithmetic takes {100 * x:.0f} % of what the devices can do."
 
@@ -259,6 +275,11 @@ _SAID: dict[str, tuple[str, Any]] = {
   "invariance": ("Distance of the views", _invariance),
   "sigreg": ("Distance to a Gaussian", _sigreg),
   "kl": ("Student to teacher", _kl),
+  "dino": ("Loss of the class tokens", _part),
+  "ibot": ("Loss of the masked patches", _part),
+  "koleo": ("Distance to the nearest neighbour", _koleo),
+  "accuracy": ("Right answers", _accuracy),
+  "feature_norm": ("Size of the features", _feature_norm),
   "center_norm": ("Size of the centre", _center_norm),
   "grad_norm": ("Gradient", _grad_norm),
   "update_norm": ("Update", _update_norm),
