@@ -97,8 +97,10 @@ def main() -> int:
   say(f"step {restored.step} of {workdir}")
   for role, x in (("training", train_set), ("test", test_set)):
     say(f"{role}: {x.name} {x.split}, {len(x):,} images")
+    for note in x.notes:
+      say(f"{role}: {note}")
   if train_set.labels is not None and test_set.labels is not None:  # else they are known when all images are read
-    check_classes(train_set.labels, test_set.labels, wanted, chooses)
+    probe.check_classes(train_set.labels, test_set.labels, wanted, chooses)
 
   mesh = parallel.make_mesh()
   batch_size = -(-BATCH_SIZE.value // mesh.size) * mesh.size
@@ -114,11 +116,8 @@ def main() -> int:
   _, labels, _, test_labels = found
   for role, x, known in (("training", train_set, labels), ("test", test_set, test_labels)):
     if left_out := len(x) - len(known):
-      say(
-        f"{left_out:,} of the {role} images cannot be read or {'has' if left_out == 1 else 'have'} no label: left out"
-      )
-  if train_set.labels is None or test_set.labels is None or left_out:
-    check_classes(labels, test_labels, wanted, chooses)
+      say(f"{left_out:,} of the {role} images cannot be read, or have no label that training images have: left out")
+  check_classes(labels, test_labels, wanted, chooses)
 
   figures: dict[str, Any] = {"step": restored.step, "protocol": PROTOCOL.value, "labels": LABELS.value, "draws": draws}
   figures["guessing_top1"] = guessing(labels, test_labels)

@@ -90,7 +90,7 @@ def test_pictures_beside_the_class_folders_have_no_class_and_are_told(tmp_path):
   root = pictures(tmp_path, "train/a/0.png", "train/b/1.png", "train/stray.png", "test/a/0.png")
   found = data.load_folder(root, "train")
   assert found.is_labelled and found.labels.tolist() == [0, 1, -1]
-  assert found.notes == ("1 image without a class folder: the k-NN leaves them out",)
+  assert found.notes == ("1 image without a class folder: evaluation leaves them out",)
 
 
 def test_a_folder_has_no_slices_and_an_empty_one_says_what_was_left_out(tmp_path):
@@ -288,14 +288,14 @@ def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):
   assert same.take(np.array([2])).label(0) == 2
   other = bank.numbered_as(queries)
   assert other.labels.tolist() == [0, 0, -1, -1, 1, 1] and other.classes == ("a", "c")
-  assert other.notes == ("2 of classes that 'test' has not (b): the k-NN leaves them out",)
+  assert other.notes == ("2 of classes that 'test' has not (b): evaluation leaves them out",)
 
 
 def test_classes_that_only_the_test_set_has_stop_no_run(photographs):
   (photographs / "val" / "b").rename(photographs / "val" / "z")
   run = build.run(folder_config(photographs))
   assert run.test_set.labels.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
-  assert "val: 4 of classes that 'train' has not (z): the k-NN leaves them out" in report.describe(run)
+  assert "val: 4 of classes that 'train' has not (z): evaluation leaves them out" in report.describe(run)
   (photographs / "val" / "a").rename(photographs / "val" / "y")
   run = build.run(folder_config(photographs))
   assert run.test_set is None

@@ -164,7 +164,7 @@ def find_split(top: pathlib.Path, root: pathlib.Path) -> "Found":
     notes.append(f"classes whose names differ in capitals alone: {in_short(alike)}")
   stray = sum(os.sep not in name for name in names)
   if 0 < stray < len(names):
-    notes.append(f"{_images(stray)} without a class folder: the k-NN leaves them out")
+    notes.append(f"{_images(stray)} without a class folder: evaluation leaves them out")
   if root != top and (beside := _images_beside(top, root)):
     notes.append(
       f"left out: {_images(sum(beside.values()))} beside the folder {root.name!r} (in {in_short(list(beside))})"
