@@ -268,7 +268,7 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(cli, name, lambda: None)
 
   def call(line):
-    before = set(flags.FLAGS)
+    before, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
     others = {flag: flags.FLAGS[flag] for flag in before & TAKEN}  # of the commands beside it, in this process only
     for flag in others:
       delattr(flags.FLAGS, flag)
@@ -281,6 +281,8 @@ def command(monkeypatch, capsys):
       delattr(flags.FLAGS, flag)
     for flag, definition in others.items():
       flags.FLAGS[flag] = definition
+    if parsed:
+      flags.FLAGS.mark_as_parsed()
     return capsys.readouterr().out, ended.value.code
 
   return call

@@ -176,7 +176,7 @@ RECIPES = [
   f"{file.stem}:{version}"
   for file in sorted(CONFIGS.glob("*.py"))
   for version in VERSIONS.get(file.stem, [""])
-  if file.stem != "own_images"  # its encoders are those of others
+  if file.stem not in ("own_images", "adapt")  # whose programs are those of others
 ]
 
 
