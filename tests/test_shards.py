@@ -143,3 +143,17 @@ def test_labels_of_two_kinds_and_files_without_images_are_refused(tmp_path):
   (tmp_path / "in" / "0.tar").unlink()
   with pytest.raises(UserError, match="has no column of images, only text, n"):
     shards.shards_source(tmp_path)
+
+
+def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path):
+  path = write_tar(tmp_path / "in" / "0.tar", {f"{i}.{kind}": b"a" * 40 for i in range(3) for kind in ("png", "cls")})
+  whole = path.read_bytes()
+  for end in range(256, 6 * 1024 + 512, 256):  # in headers, in contents, in what fills blocks, and between members
+    path.write_bytes(whole[:end])
+    with pytest.raises(UserError, match=r"0\.tar (ends|is damaged).*: copy or download it again"):
+      shards.shards_source(tmp_path / "in")
+  path.write_bytes(whole[:2048] + b"\xff" * 512 + whole[2560:])
+  with pytest.raises(UserError, match=r"0\.tar is damaged, after 0\.cls: copy"):
+    shards.shards_source(tmp_path / "in")
+  path.write_bytes(whole[: 6 * 1024 + 512])
+  assert len(list(shards.shards_source(tmp_path / "in").splits["train"](0))) == 3

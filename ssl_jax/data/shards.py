@@ -146,7 +146,7 @@ def _content(path, tar, member):
   try:
     return tar.extractfile(member).read()
   except Exception as error:  # tarfile can raise any exception on damaged bytes
-    raise UserError(f"{path} ends within {member.name} ({error}): get it again.") from error
+    raise UserError(f"{path} ends within {member.name} ({error}): copy or download it again.") from error
 
 
 def _label(path, files) -> int | str | None:
