@@ -295,7 +295,7 @@ def members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
         if member.isfile():
           yield tar, member
       handle: Any = tar.fileobj
-      handle.seek(tar.offset)  # type: ignore[attr-defined]
+      handle.seek(tar.offset)
       block = handle.read(tarfile.BLOCKSIZE)
   except tarfile.TarError as error:
     raise UserError(f"{path} is damaged, or no tar file ({error}): copy or download it again.") from error
