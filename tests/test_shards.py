@@ -143,3 +143,66 @@ def test_labels_of_two_kinds_and_files_without_images_are_refused(tmp_path):
   (tmp_path / "in" / "0.tar").unlink()
   with pytest.raises(UserError, match="has no column of images, only text, n"):
     shards.shards_source(tmp_path)
+
+
+def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path):
+  path = write_tar(tmp_path / "in" / "0.tar", {f"{i}.{kind}": b"a" * 40 for i in range(3) for kind in ("png", "cls")})
+  whole = path.read_bytes()
+  for end in range(256, 6 * 1024 + 512, 256):  # in headers, in contents, in what fills blocks, and between members
+    path.write_bytes(whole[:end])
+    with pytest.raises(UserError, match=r"0\.tar (ends|is damaged).*: copy or download it again"):
+      shards.shards_source(tmp_path / "in")
+  path.write_bytes(whole[:2048] + b"\xff" * 512 + whole[2560:])
+  with pytest.raises(UserError, match=r"0\.tar is damaged, after 0\.cls: copy"):
+    shards.shards_source(tmp_path / "in")
+  path.write_bytes(whole[: 6 * 1024 + 512])
+  assert len(list(shards.shards_source(tmp_path / "in").splits["train"](0))) == 3
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_that_are_missing_by_the_names_of_the_others_are_counted(tmp_path, kind):
+  def add(name):
+    path = tmp_path / "in" / f"{name}.{kind}"
+    write_tar(path, {"0.png": picture(0)}) if kind == "tar" else write_parquet(path, [picture(0)])
+
+  add("a/train-00000-of-00003-0a1b")
+  add("a/test-00001-of-00001")  # some count from one
+  add("b/train-00002-of-00003-2c3d")
+  with pytest.raises(UserError, match=rf"2 of the 3 files a/train-\*-of-00003\.{kind} are missing"):
+    shards.shards_source(tmp_path / "in")
+  for name in ("a/train-00001-of-00003-4e5f", "a/train-00002-of-00003-6a7b", "b/train-00000-of-00003"):
+    add(name)
+  with pytest.raises(UserError, match="1 of the 3 files b/"):
+    shards.shards_source(tmp_path / "in")
+  add("b/train-00001-of-00003")
+  assert set(shards.shards_source(tmp_path / "in").splits) == {"train", "test"}
+
+
+def test_images_beside_the_first_labels_that_disagree_and_missing_ones_are_told(tmp_path, capsys):
+  files = {}
+  for i in range(3):
+    files |= {f"{i}.left.png": picture(i), f"{i}.right.png": picture(9), f"{i}.cls": b"1"}
+  files |= {"1.json": b'{"label": 0}', "0.json": b'{"label": 1}', "2.json": b'{"label": "dog"}', "2.x.cls": b""}
+  files = dict(sorted(files.items())) | {"3.png": picture(3), "4.png": picture(4), "4.cls": b"-1", "about.txt": b"hi"}
+  write_tar(tmp_path / "in" / "0.tar", files)
+  write_tar(tmp_path / "in" / "val.tar", {"5.png": picture(5)})
+  assert run("shards", tmp_path / "in", f"--data_dir={tmp_path}", "--name=told") == 0
+  assert capsys.readouterr().out.splitlines()[:4] == [
+    "train: images left out, beside the first one of a sample: 3 (0.tar/0.right.png)",
+    "train: labels of .cls taken where .json has another: 1 (0.tar/1: 1, 0)",
+    "train: samples without a label: 2 of 5",
+    "val: samples without a label: 1 of 1",
+  ]
+  wanted = [(picture(i), 1) for i in range(3)] + [(picture(i), -1) for i in (3, 4)]
+  assert read_back(tmp_path / "told" / "1.0.0", "train") == wanted
+
+
+def test_rows_without_a_label_are_counted_where_others_have_one(tmp_path):
+  write_parquet(tmp_path / "train.parquet", [picture(0)] * 3, [0, None, 1])
+  write_parquet(tmp_path / "test.parquet", [picture(0)] * 2)
+  assert shards.shards_source(tmp_path).notes == (
+    "train: samples without a label: 1 of 3",
+    "test: samples without a label: 2 of 2",
+  )
+  write_parquet(tmp_path / "train.parquet", [picture(0)] * 3)
+  assert not shards.shards_source(tmp_path).notes

@@ -6,7 +6,9 @@ alone, and maybe one of labels. Nothing is unpacked to disk, and one image is in
 file's column.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +23,7 @@ from ssl_jax.errors import UserError
 
 _LABELS = ("label", "labels", "fine_label", "class", "cls")  # columns, and keys of a JSON
 _SPLIT = re.compile(r"(?:^|[-_.])(train|val|valid|validation|test)(?:[-_.]|$)")
+_PART = re.compile(r"(\d+)-of-(\d+)")
 
 
 def shards_source(folder: pathlib.Path) -> Source:
@@ -28,11 +31,12 @@ def shards_source(folder: pathlib.Path) -> Source:
 
   Splits are named by what stands in a file's name or in its folder's: `train-00000-of-00002.parquet`, `val/0001.tar`.
   Files that name none are "train". Classes that are numbers keep them; names are numbered in the order of their bytes;
-  a parquet file written by `datasets` says both.
+  a parquet file written by `datasets` says both. The notes count a sample's images beside its first one, labels that
+  disagree, and samples without a label where others have one.
 
   Raises:
-    UserError: no folder, no such files or both kinds, a file that cannot be read, no column of images, or labels of
-      different kinds.
+    UserError: no folder, no such files or both kinds, files missing by the names of the others, a file that cannot be
+      read or ends early, no column of images, or labels of different kinds.
   """
   if not folder.is_dir():
     raise UserError(f"there is no folder {folder}: name the folder that holds the tar or parquet files.")
@@ -41,6 +45,7 @@ def shards_source(folder: pathlib.Path) -> Source:
   if len(kinds) != 1:
     found = "both .tar and .parquet files" if kinds else "no .tar or .parquet files"
     raise UserError(f"{folder} holds {found}: name a folder of one kind; compressed tars have to be unpacked before.")
+  _check_parts(folder, paths)
   by_split: dict[str, list[pathlib.Path]] = {}
   for path in paths:
     by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
@@ -48,7 +53,8 @@ def shards_source(folder: pathlib.Path) -> Source:
   kind: Any = _Tars if kinds == {".tar"} else _Parquets
   readers = {split: kind(tuple(listed)) for split, listed in sorted(by_split.items(), key=_train_first)}
   names = next((names for reader in readers.values() if (names := reader.class_names())), None)
-  held = [label for reader in readers.values() for label in reader.labels() if label is not None]
+  by_sample = {split: list(reader.labels()) for split, reader in readers.items()}
+  held = [label for label in itertools.chain(*by_sample.values()) if label is not None]
   number, classes = _numbered(folder, held, names)
 
   def read(split: str, start: int) -> Iterator[Item]:
@@ -56,10 +62,30 @@ def shards_source(folder: pathlib.Path) -> Source:
       at = number(label)
       yield Item(name, None, at, "no image") if image is None else check_image(name, image, at)
 
+  notes = [f"{split}: {note}" for split, reader in readers.items() for note in reader.notes()]
+  for split, labels in by_sample.items():
+    without = sum(number(label) == -1 for label in labels)
+    if classes and without:
+      notes.append(f"{split}: samples without a label: {without:,} of {len(labels):,}")
   crc = zlib.crc32("".join(f"{path.relative_to(folder)}\0{path.stat().st_size}\0" for path in paths).encode())
   splits: dict[str, Callable[[int], Iterator[Item]]] = {s: functools.partial(read, s) for s in readers}
   description = f"The images of {len(paths)} {kinds.pop()[1:]} files of the folder {folder.name}."
-  return Source(splits, classes, f"{len(paths)} files, {crc:08x}", description)
+  return Source(splits, classes, f"{len(paths)} files, {crc:08x}", description, notes=tuple(notes))
+
+
+def _check_parts(folder, paths):
+  """Refuses a folder in which some of the files `train-00000-of-00005.tar` and so on are missing."""
+  found: dict[tuple[pathlib.Path, str, str], set[int]] = {}
+  for path in paths:
+    if match := _PART.search(path.name):  # What follows can be a checksum, another one in each name.
+      found.setdefault((path.parent, path.name[: match.start()], match[2]), set()).add(int(match[1]))
+  for (parent, prefix, total), numbers in found.items():
+    if (missing := int(total) - len(numbers)) > 0:
+      files = f"{(parent / f'{prefix}*-of-{total}').relative_to(folder)}{paths[0].suffix}"
+      raise UserError(
+        f"{folder}: {missing:,} of the {int(total):,} files {files} are missing: put them there, or rename the others "
+        f"without -of-{total} to do without."
+      )
 
 
 def _split_of(path):
@@ -95,14 +121,30 @@ class _Tars:
 
   def __init__(self, paths: tuple[pathlib.Path, ...]):
     self.paths = paths
+    self.found: dict[str, tuple[int, str]] = {}  # what `labels` found to tell of: how often, and where first
 
   def class_names(self) -> list[str]:
     return []
 
   def labels(self) -> Iterator[int | str | None]:
+    """Those of all samples, but the ones that have neither an image nor a label."""
     for path in self.paths:
-      for _, files in self.samples(path, lambda i, kind: not _is_image(kind)):
-        yield _label(path, files)
+      for name, files in self.samples(path, lambda i, kind: not _is_image(kind)):
+        images, label = [kind for kind in files if _is_image(kind)], _label(path, files)
+        for kind in images[1:]:
+          self.note("images left out, beside the first one of a sample", f"{path.name}/{name}.{kind}")
+        if "cls" in files and (other := _other_label(path, files, label)) is not None:
+          self.note("labels of .cls taken where .json has another", f"{path.name}/{name}: {label}, {other}")
+        if images or label is not None:
+          yield label
+
+  def notes(self) -> list[str]:
+    """What `labels` found, in words."""
+    return [f"{what}: {count:,} ({first})" for what, (count, first) in self.found.items()]
+
+  def note(self, what: str, where: str) -> None:
+    count, first = self.found.get(what, (0, where))
+    self.found[what] = count + 1, first
 
   def rows(self, start: int) -> Iterator[tuple[str, bytes | None, int | str | None]]:
     for path in self.paths:
@@ -146,13 +188,17 @@ def _content(path, tar, member):
   try:
     return tar.extractfile(member).read()
   except Exception as error:  # tarfile can raise any exception on damaged bytes
-    raise UserError(f"{path} ends within {member.name} ({error}): get it again.") from error
+    raise UserError(f"{path} ends within {member.name} ({error}): copy or download it again.") from error
 
 
 def _label(path, files) -> int | str | None:
   if "cls" in files:
     text = files["cls"].decode("utf-8", "replace").strip()
     return int(text) if re.fullmatch(r"-?\d+", text) else text or None
+  return _json_label(path, files)
+
+
+def _json_label(path, files):
   if files.get("json"):
     try:
       content = json.loads(files["json"])
@@ -160,6 +206,13 @@ def _label(path, files) -> int | str | None:
       raise UserError(f"{path}: a sample's JSON is damaged ({error}).") from error
     return next((_plain(content[key]) for key in _LABELS if isinstance(content, dict) and key in content), None)
   return None
+
+
+def _other_label(path, files, label):
+  """The label of a sample's JSON where it is not `label`, the one of its .cls; a name says nothing of a number."""
+  with contextlib.suppress(UserError):  # a JSON that is not needed
+    other = _json_label(path, files)
+    return other if type(other) is type(label) and other != label else None
 
 
 def _plain(label):
@@ -206,10 +259,14 @@ class _Parquets:
     about = self.info.get(self.label or "") or {}
     return [str(name) for name in about.get("names") or []]
 
+  def notes(self) -> list[str]:
+    return []
+
   def labels(self) -> Iterable[int | str | None]:
-    if self.label is None:
-      return
     for path in self.paths:
+      if self.label is None:
+        yield from itertools.repeat(None, self.open(path).metadata.num_rows)
+        continue
       for row in self.groups(path, 0, [self.label]):
         yield _plain(row[self.label])
 

@@ -281,15 +281,27 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
 
 
 def members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
-  """Yields (tar, member) for the files of a tar file, or of `file`, a tar file inside it."""
+  """Yields (tar, member) for the files of a tar file, or of `file`, a tar file inside it.
+
+  Raises:
+    UserError: it is no tar file, or it is damaged or ends before the block of zeros that every whole one ends with.
+  """
+  last = "its beginning"
   try:
     with tarfile.open(path if file is None else None, "r:", fileobj=file) as tar:
       while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # TarFile keeps every member that it has read.
+        last = member.name
         if member.isfile():
           yield tar, member
+      handle: Any = tar.fileobj
+      handle.seek(tar.offset)
+      block = handle.read(tarfile.BLOCKSIZE)
   except tarfile.TarError as error:
-    raise UserError(f"{path} is damaged, or no tar file ({error}): download it again.") from error
+    raise UserError(f"{path} is damaged, or no tar file ({error}): copy or download it again.") from error
+  if block != bytes(tarfile.BLOCKSIZE):  # TarFile takes all that is no header for the end.
+    state = "ends early" if len(block) < tarfile.BLOCKSIZE else "is damaged"
+    raise UserError(f"{path} {state}, after {last}: copy or download it again.")
 
 
 def _content(path, tar, member):
