@@ -14,9 +14,7 @@ def on_data(config: Any, data: DataFacts) -> list[str]:
   """Lines on how a recipe suits a folder of images."""
   lines, looked = [], len(data.sizes)
   size, channels = max(view["size"] for view in config.views), config.data.channels
-  if channels == 1 and data.coloured:
-    share = f"{data.coloured:,} of {looked:,} images looked at"
-    lines.append(f"data.channels=1: {share} have colours, which become grey; --config.data.channels=3 keeps them")
+  lines += [f"{line}; --config.data.channels=3 keeps them" for line in on_colours(channels, data.coloured, looked)]
   if sum(min(shape) < size for shape in data.sizes) > looked / 2:
     sizes = f"the shorter side of most images is {data.short}"
     lines.append(f"views[0].size={size}: {sizes}, so that views are enlarged; smaller ones cost less")
@@ -33,6 +31,13 @@ def on_data(config: Any, data: DataFacts) -> list[str]:
       what = "grey conversion, saturation and hue change nothing"
       lines.append(f"{', '.join(ineffective)}: {what} of grey images; brightness and contrast do")
   return lines
+
+
+def on_colours(channels: int, coloured: int, looked: int) -> list[str]:
+  """A line where images lose their colours: `coloured` of the `looked` that were looked at."""
+  if channels != 1 or not coloured:
+    return []
+  return [f"data.channels=1: {coloured:,} of {looked:,} images looked at have colours, which become grey"]
 
 
 def on_images(config: Any, data: DataFacts) -> list[str]:

@@ -11,11 +11,16 @@ from ssl_jax.commands import check
 def test_check_counts_names_and_measures(tmp_path, capsys):
   PIL.Image.fromarray(np.full((4, 6, 3), (0, 51, 255), np.uint8)).save(tmp_path / "a.png")
   PIL.Image.fromarray(np.full((4, 6, 3), (255, 51, 255), np.uint8)).save(tmp_path / "b.png")
+  PIL.Image.fromarray(np.full((4, 6, 3), 7, np.uint8)).save(grey := tmp_path / "grey.png")
+  assert check.main([str(tmp_path), "--channels=1"]) == 0
+  lost = "data.channels=1: 2 of 3 images looked at have colours, which become grey\n"
+  assert lost in capsys.readouterr().out
+  grey.unlink()
   report = tmp_path / "report.txt"
   assert check.main([str(tmp_path), "--strict"]) == 0
   out = capsys.readouterr().out
   assert "2 images, 0 skipped\n" in out and "1 sizes, width x height: 6x4 (2)" in out
-  assert "left out" not in out and "smallest" not in out
+  assert "grey" not in out and "left out" not in out and "smallest" not in out
   assert "mean (0.5000, 0.2000, 1.0000), std (0.5000, 0.0000, 0.0000)" in out
   for name in ("empty.jpg", "none.gif"):
     (tmp_path / name).touch()

@@ -21,7 +21,7 @@ from photographs import photograph
 from test_export import FIXED, LEARNED, VIEW, make
 
 from runs import ROOT
-from ssl_jax.commands import duplicates, encoders
+from ssl_jax.commands import duplicates, embed, encoders
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import embeddings, neighbours
 from ssl_jax.evaluation.features import Features
@@ -327,6 +327,16 @@ def test_the_page_runs_as_it_stands_and_finds_the_copies(unbroken, tmp_path, mon
   for name in ("neighbours", "duplicates"):
     assert pathlib.Path(f"found/{name}.png").read_bytes()[:4] == b"\x89PNG"
 
+  shutil.copytree(root, "copy", copy_function=shutil.copy)  # at another time
+  again = "duplicates photographs.npz --workdir=runs/quickstart --out=again --folder=copy"
+  for line in ("neighbours photographs.npz --out=again --folder=copy", again):
+    out, status = command(line)
+    assert status == 0 and "note: copy: the files are not those that were embedded" in out
+    assert all("not those that were embedded" not in x for x in said)
+  photograph(tmp_path / "copy" / "a" / "4.jpg", 98, (60, 44))
+  (tmp_path / "copy" / "b" / "5.jpg").unlink()
+  assert "2 of 42 that were looked at differ, such as a/4.jpg. Run embed again" in command(again)[1]
+
   photograph(root / "a" / "0.jpg", 99)
   out, status = command("embed --workdir=runs/quickstart --folder=photographs --out=photographs.npz")
   assert "photographs.npz was made from something else (images: " in status
@@ -342,5 +352,17 @@ def test_splits_in_a_folder_are_no_classes_unless_they_are_named(unbroken, photo
   assert "has the folders train, val: all images, without labels" in capsys.readouterr().out
   train, place = encoders.images_of(source, str(photographs), "train")
   assert train.classes == ("a", "b") and place == {"folder": str(photographs / "train")}
+  assert f"{photographs}: data.channels=1: 23 of 23 images looked at have colours" in capsys.readouterr().out
+  with pytest.raises(UserError, match=r"--split: .*/a has no folder 'train' of a split"):
+    encoders.images_of(source, str(photographs / "train" / "a"), "train")
   test, place = encoders.images_of(source, None, "test[:9]")
   assert len(test) == 9 and place["name"] == "fashion_mnist_mini"
+
+
+def test_originals_and_altered_copies_are_seen_as_they_were_embedded_with_a_margin(photographs, tmp_path):
+  variables, _ = make(LEARNED, "hf", VIEW, channels=3)
+  source = encoders.Source("it", LEARNED, variables, VIEW._replace(resize=2 * VIEW.size), 3, None, None)
+  assert embed.run(source, str(photographs), "train", tmp_path / "it.npz", 8) == 0
+  found = embeddings.read(tmp_path / "it.npz")
+  measured = duplicates.measure(found, source, encoders.reader_of(found, None), 0.95, 8)
+  assert len(measured.copies) == 23

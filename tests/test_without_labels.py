@@ -9,10 +9,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from test_all_methods import in_memory
+from test_decide import recipe
 from test_linear import old_run as old_run
 
-from ssl_jax import augment, monitors
+from ssl_jax import augment, data, monitors
 from ssl_jax.augment import EvaluationView, View
+from ssl_jax.commands import evaluate
 from ssl_jax.commands import judge as command
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import judge, without_labels
@@ -159,3 +161,20 @@ def test_judge_tells_and_draws_what_images_without_labels_look_like_to_an_encode
     pytest.raises(UserError, match="judge looks at one"),
   ):
     command.look()
+
+
+def test_colours_that_become_grey_are_told_of_other_images_than_the_runs(photographs, monkeypatch, capsys):
+  config, images = recipe("quickstart"), np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+  lost = "images looked at have colours, which become grey\n"
+  with flagsaver.flagsaver(folder=str(photographs)):
+    evaluate.find(config, "val[:5]")
+  assert capsys.readouterr().out == f"{photographs} val: data.channels=1: 7 of 7 {lost}"
+  monkeypatch.setattr(data, "load", lambda *_, channels=3, **__: in_memory(images[..., :channels], np.full(3, -1)))
+  with flagsaver.flagsaver(data="pets"):
+    evaluate.find(config, "test")
+    assert capsys.readouterr().out.endswith(f"test: data.channels=1: 3 of 3 {lost}")
+    config.data.channels = 3
+    evaluate.find(config, "test")
+  config.data.channels = 1
+  evaluate.find(config, "test")
+  assert capsys.readouterr().out == ""

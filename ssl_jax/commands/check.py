@@ -17,25 +17,33 @@ import time
 
 import numpy as np
 
+from ssl_jax import advise
 from ssl_jax.commands import Parser, at_least_one, check_writable
+from ssl_jax.data import look
 from ssl_jax.data.dataset import in_short, in_words, usable_cores
 from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
-from ssl_jax.data.image import ImageError, taking_turns
+from ssl_jax.data.image import ImageError, channel_count, read_image, taking_turns
 from ssl_jax.errors import UserError
 from ssl_jax.run import cluster
 
 FEW = 32  # levels of 256 below which an image is told
 
 
-def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarray]:
-  """(what is wrong or None, shape, how many pixels of each channel have each of the 256 levels) of one image."""
+def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarray, bool]:
+  """What one image is.
+
+  Returns:
+    What is wrong or None, the shape, how many pixels of each channel have each of the 256 levels, and whether it has
+    colours that become grey.
+  """
   try:
     with taking_turns():
       pixels = files.read(i)
       levels = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(files.channels)])
-      return None, pixels.shape, levels
+      loses = files.channels == 1 and channel_count(files.source(i)) == 3
+      return None, pixels.shape, levels, loses and not look.is_grey(read_image(files.source(i), 3, files.window))
   except ImageError as error:
-    return str(error), (), np.zeros((files.channels, 256), int)
+    return str(error), (), np.zeros((files.channels, 256), int), False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,12 +79,15 @@ def examine_all(args: argparse.Namespace) -> int:
   files = dataclasses.replace(files, window=files.measured())
   bad: dict[str, str] = {}
   sizes: collections.Counter = collections.Counter()
-  levels, flat, start = np.zeros((args.channels, 256), int), [], time.time()
+  levels, flat, coloured, start = np.zeros((args.channels, 256), int), [], 0, time.time()
   with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-    for i, (reason, shape, of_image) in enumerate(pool.map(lambda i: examine(files, i), range(len(files)))):
+    for i, (reason, shape, of_image, has_colours) in enumerate(
+      pool.map(lambda i: examine(files, i), range(len(files)))
+    ):
       if reason is None:
         sizes[shape[1::-1]] += 1
         levels += of_image
+        coloured += has_colours
         if np.count_nonzero(of_image.any(axis=0)) < FEW:
           flat.append(files.name(i))
       else:
@@ -101,7 +112,8 @@ def examine_all(args: argparse.Namespace) -> int:
   if others:
     common = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
     print(f"left out by their names: {common}{', ...' if len(others) > 5 else ''}")
-  for note in (*found.notes, *in_words(None, files.window)):
+  lost = advise.on_colours(args.channels, coloured, sizes.total())
+  for note in (*found.notes, *in_words(None, files.window), *lost):
     print(note)
   if flat:
     wide = "" if files.window is None else "; a narrower data.window may tell more of them apart"

@@ -29,7 +29,7 @@ from ssl_jax.commands import encoders
 from ssl_jax.commands.neighbours import draw, take_file, write_table
 from ssl_jax.data.crop import centre_crop, crop_box
 from ssl_jax.data.image import ImageError, read_image
-from ssl_jax.data.memory import InMemory
+from ssl_jax.data.memory import Cut
 from ssl_jax.data.resize import resized_crop
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import embeddings, neighbours
@@ -41,6 +41,7 @@ from ssl_jax.run.cli import say
 SAMPLE = 512  # images that are altered
 _STRANGER = 3  # each image's third nearest is taken for another image; the first two may be copies
 _DRAWN = 8
+_UNCHANGED = 0.999  # the least cosine of an image's features with what was embedded: other devices and bfloat16 round
 
 
 class Threshold(NamedTuple):
@@ -67,6 +68,7 @@ def run(
     raise UserError(f"{path} is not by {source.name}: {', '.join(differ)} differ. Give the encoder that it is by.")
   if len(found.names) < 2:
     raise UserError(f"{path} holds one image, which has no duplicates.")
+  encoders.tell_changes(found, folder)
   threshold = measure(found, source, encoders.reader_of(found, folder), reach, batch_size)
   reached = float(np.mean(threshold.copies >= threshold.least))
   for name, x in (("altered copies", threshold.copies), ("third nearest images", threshold.strangers)):
@@ -114,22 +116,30 @@ def measure(
     batch_size: of images encoded at once.
 
   Raises:
-    UserError: none of the images can be read.
+    UserError: the images are not those that were embedded, or none of them can be read.
   """
-  altered_ones, kept, why = [], [], ""
+  altered_ones, unaltered, kept, lost = [], [], [], []
   for i in np.unique(np.arange(SAMPLE) * len(found.names) // SAMPLE):
     try:
       pixels = read(int(i))
+      unaltered.append(centre_crop(pixels, source.view))
       altered_ones.append(centre_crop(altered(pixels, np.random.default_rng((int(i), 0, 0, 0, ALTERED))), source.view))
       kept.append(i)
     except ImageError as error:
-      why = f"{found.names[i]}: {error}"
+      lost.append(f"{found.names[i]}: {error}")
   if not kept:
-    raise UserError(f"none of the images can be read ({why}): --folder=DIR says where they are.")
-  images = np.stack(altered_ones)
-  copies = InMemory(images=images, labels=np.full(len(kept), -1, np.int32), num_classes=0, name="copies", split="")
-  of_copies = _unit(source.extractor(batch_size).all(source.variables, copies).features)
+    raise UserError(f"none of the images can be read ({lost[-1]}): --folder=DIR says where they are.")
+  images = np.stack([*altered_ones, *unaltered])
+  seen = Cut(images=images, labels=np.full(len(images), -1, np.int32), num_classes=0, name="copies", split="")
+  of_copies, of_images = np.split(_unit(source.extractor(batch_size).all(source.variables, seen).features), 2)
   originals = _unit(found.features[kept])
+  apart = np.sum(np.square(of_images - originals), axis=1) > 2 - 2 * _UNCHANGED  # features that are all zero are not
+  changed = [found.names[i] for i in np.array(kept)[apart]]
+  if differ := [*changed, *lost]:
+    raise UserError(
+      f"the images are not those that were embedded: {len(differ):,} of {len(kept) + len(lost):,} that were looked at "
+      f"differ, such as {differ[0]}. Run embed again, or give the folder that was embedded as --folder=DIR."
+    )
   same = np.sum(of_copies * originals, axis=1)
   search = neighbours.nearest(found.features, originals, _STRANGER, parallel.make_mesh(), np.array(kept))
   strangers = np.concatenate([values[:, -1] for _, values, _ in search])

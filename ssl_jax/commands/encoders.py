@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ssl_jax import build, data, parallel
+from ssl_jax import advise, build, data, parallel
 from ssl_jax.augment import EvaluationView
-from ssl_jax.data import Dataset
+from ssl_jax.data import Dataset, look
 from ssl_jax.data.image import Window, read_image
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation.embeddings import Embeddings
@@ -118,6 +118,9 @@ def images_of(source: Source, folder: str | None, split: str | None) -> tuple[Da
   """The images that the flags name, read one by one where they are files, and where they are, as JSON holds it.
 
   Without a split all images of a folder are meant. Where it has the folders of splits, these are no classes.
+
+  Raises:
+    UserError: no images are named, or there are none, or the folder has no folder of that split.
   """
   config = source.config
   if folder is None and config is None:
@@ -130,11 +133,45 @@ def images_of(source: Source, folder: str | None, split: str | None) -> tuple[Da
     return build.dataset(named, str(split)), place
   settings: dict[str, Any] = dict(channels=source.channels, max_bytes=0, window=source.window)
   images = data.load_folder(folder or config.data.folder, split or ".", **settings)
+  if folder and split and data.folder.split_folder(pathlib.Path(os.path.expanduser(folder)), split) is None:
+    raise UserError(f"--split: {folder} has no folder {split!r} of a split; without --split all its images are taken.")
+  if folder and source.channels == 1 and (config is None or folder != config.data.folder):
+    facts = look.look_at_files(images.images)
+    for line in advise.on_colours(1, facts.coloured, len(facts.sizes)):
+      say(f"{folder}: {line}")
   if not split and images.classes and not data.folder.SPLITS.isdisjoint(images.classes):
     say(f"{folder} has the folders {', '.join(images.classes)}: all images, without labels; --split names one of them")
-    about: dict[str, Any] = dict(labels=images.labels * 0 - 1, num_classes=0, classes=())  # type: ignore[operator]
-    images = dataclasses.replace(images, **about)
+    images = _without_labels(images)
   return images, {"folder": os.path.abspath(images.images.root)}
+
+
+def _without_labels(images):
+  return dataclasses.replace(images, labels=images.labels * 0 - 1, num_classes=0, classes=())
+
+
+def tell_changes(found: Embeddings, folder: str | None) -> None:
+  """Says so where the files that the images of embeddings are read from are others than were embedded.
+
+  What tells files apart are their names, sizes and times. Nothing is said where there is no such folder, or where a
+  file of somebody else's does not tell what was embedded.
+
+  Args:
+    found: the embeddings.
+    folder: where the images are; None: where they were.
+  """
+  root = folder or (found.about.get("data") or {}).get("folder")
+  if not root or "images" not in found.about or not os.path.isdir(os.path.expanduser(root)):
+    return
+  window = found.about.get("window")
+  try:
+    images = data.load_folder(root, ".", channels=found.about["channels"], max_bytes=0, window=window and tuple(window))
+  except UserError:  # no images
+    now = []
+  else:
+    now = [images.contents(), _without_labels(images).contents()]  # of a whole folder with splits they had no labels
+  if found.about["images"] not in now:
+    what = "the files are not those that were embedded, or were written since (names, sizes or times differ)"
+    say(f"note: {root}: {what}; the similarities are of what was embedded, the pictures of what is there now")
 
 
 def reader_of(found: Embeddings, folder: str | None) -> Callable[[int], np.ndarray]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from ssl_jax import build
+from ssl_jax import advise, build, data
 from ssl_jax import config as configs
-from ssl_jax.data import Dataset
+from ssl_jax.data import Dataset, look
+from ssl_jax.data.folder import files_of
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import cache
 from ssl_jax.evaluation.features import Extractor
@@ -53,7 +54,15 @@ def find(config: Any, split: str) -> Dataset:
     if named.data.folder:
       raise UserError("--data_dir is for a prepared data set, and the run's images are in a folder: give --data too.")
     named.data.data_dir = DATA_DIR.value
-  return build.dataset(named, split)
+  dataset = build.dataset(named, split)
+  if named.data.channels == 1 and named.data != config.data:
+    if named.data.folder:
+      facts = look.look_at_files(files_of(named.data.folder, split))
+    else:  # a sample is read, whatever fits in memory
+      facts = look.look_at(data.load(named.data.name, split, data_dir=named.data.data_dir, max_bytes=0))
+    for line in advise.on_colours(1, facts.coloured, len(facts.sizes)):
+      say(f"{dataset.name} {split}: {line}")
+  return dataset
 
 
 def features_of(

@@ -44,6 +44,8 @@ def run(path: pathlib.Path, of: str | None, out: pathlib.Path, k: int, folder: s
   itself = rows if queries is bank else None
   if len(bank.names) - (itself is not None) < 1:
     raise UserError(f"{path} holds one image, which has no neighbours.")
+  for embedded in (bank,) if queries is bank else (bank, queries):
+    encoders.tell_changes(embedded, folder)
   features = queries.features if len(rows) == len(queries.names) else queries.features[rows]
   table, mesh = out / "neighbours.csv", parallel.make_mesh()
   drawn = np.unique(np.arange(_DRAWN) * len(rows) // _DRAWN)

@@ -66,12 +66,17 @@ def look_at(dataset: Dataset, sample: int = SAMPLE) -> DataFacts:
   return _look(lambda i: dataset.original(int(indices[i])), len(indices), dataset.channels, len(dataset))
 
 
+def is_grey(pixels: np.ndarray) -> bool:
+  """Whether an image [H, W, C] has no colours."""
+  return bool((pixels == pixels[..., :1]).all())
+
+
 def _look(read: Callable[[int], np.ndarray], count: int, channels: int, images: int) -> DataFacts:
   def examine(i):
     try:
       with taking_turns():
         pixels = read(i)
-        grey = channels == 3 and bool((pixels == pixels[..., :1]).all())
+        grey = channels == 3 and is_grey(pixels)
         flat = pixels.reshape(-1, channels) / 255
         return pixels.shape[:2], grey, flat.mean(axis=0), np.square(flat).mean(axis=0)
     except ImageError:
