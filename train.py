@@ -86,7 +86,9 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
   with (
     contextlib.closing(log.make_writer(workdir, start or -1)) as writer,
     contextlib.closing(checkpoint.manager(workdir / "checkpoints", config.keep_checkpoints)) as saver,
-    contextlib.closing(profile.Profile(workdir / "tensorboard", config.get("profile_steps"))) as profiled,
+    contextlib.closing(
+      profile.Profile(workdir / "tensorboard", config.get("profile_steps"), start, run.last_step)
+    ) as profiled,
     progress.cleared(),
     cluster.ending_together(folder=workdir),
   ):

@@ -27,6 +27,7 @@ LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 
 _NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
 _SIDE = optional(whole())
+_PROFILED = "two steps, the first at least 1 and not behind the last"
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
   "seed": whole(0, 2**31 - 1, required=True),
   "init_from": optional(text()),
@@ -63,9 +64,7 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
   "checkpoint_every_steps": whole(required=True),
   "keep_checkpoints": whole(required=True),
   "report": optional(flag()),
-  "profile_steps": optional(
-    Setting(lambda x: each(whole(), (2,)).holds(x) and x[0] <= x[1], "two steps, the first and the last")
-  ),
+  "profile_steps": optional(Setting(lambda x: each(whole(), (2,)).holds(x) and x[0] <= x[1], _PROFILED)),
 }
 # What a recipe may leave to `decide`, by `auto()`; in a view, whose keys are plain values, by "auto".
 _OPEN = re.compile(

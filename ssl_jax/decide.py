@@ -252,12 +252,17 @@ def _length(data, device, config, settle):
     why = "at most" if count == most else "one at least" if budget < data.images else f"some {budget:,} images seen on"
     return count, f"{why} {device.words}" if count != most else f"more than {most} rounds of few images help little"
 
+  steps_per_epoch = max(1, data.images // config.batch_size)
+  given = config.get("steps")
+  if given and config.epochs == AUTO:
+    put(config, "epochs", math.ceil(given / steps_per_epoch))  # which nothing reads: no decision
   settle(r"epochs", epochs)
-  length = config.epochs if config.get("steps") is None else config.steps * config.batch_size / data.images
+  steps = given or config.epochs * steps_per_epoch
+  length = steps / steps_per_epoch
   settle(r"lr\.warmup_epochs", lambda key: (round(min(10.0, length / 10), 2), "a tenth of the run, at most ten epochs"))
-  settle(r"eval_every_epochs", lambda key: (max(1, round(length / 10)), "ten times in a run"))
-  steps = max(1, int(length * (data.images // config.batch_size)))
-  often = "a hundred times in a run, or each 50 steps"
+  rare = "ten times in a run" if length >= 10 else "each epoch of a short run" if length > 1 else "the run's end"
+  settle(r"eval_every_epochs", lambda key: (max(1, round(length / 10)), rare))
+  often = "a hundred times in a run, or each 50 steps" if steps >= 100 else "each step of a short run"
   settle(r"log_every_steps", lambda key: (min(50, max(1, steps // 100)), often))
 
 

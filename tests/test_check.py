@@ -19,7 +19,7 @@ def test_check_counts_names_and_measures(tmp_path, capsys):
   report = tmp_path / "report.txt"
   assert check.main([str(tmp_path), "--strict"]) == 0
   out = capsys.readouterr().out
-  assert "2 images, 0 skipped\n" in out and "1 sizes, width x height: 6x4 (2)" in out
+  assert "2 images, 0 skipped\n" in out and "1 size, width x height: 6x4 (2)" in out
   assert "grey" not in out and "left out" not in out and "smallest" not in out
   assert "mean (0.5000, 0.2000, 1.0000), std (0.5000, 0.0000, 0.0000)" in out
   for name in ("empty.jpg", "none.gif"):

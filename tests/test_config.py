@@ -248,6 +248,7 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
       "rates must be a tuple: pairs of a regular expression and a number",
     ),
     ("quickstart", "no_decay", ("(",), "no_decay must be a tuple: regular expressions, got ('(',)"),
+    ("quickstart", "profile_steps", (3, 2), "be two steps, the first at least 1 and not behind the last, or none, got"),
     ("quickstart", "views", (3,), "views[0] must be a group of keys, got 3"),
     ("quickstart", "views", (), "views must be a tuple of dicts"),
     ("quickstart", "views[0].scale", (0.5, 0.2), "views[0].scale must be two numbers in (0, 1], the lower one first"),

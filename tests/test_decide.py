@@ -102,6 +102,19 @@ def test_what_is_given_by_its_key_stays_and_the_rest_follows_it():
   assert config.batch_size == 32 and "auto" in json.dumps(config.to_dict()["views"])  # the recipe itself is left alone
 
 
+def test_the_length_of_a_run_is_that_of_its_steps_where_they_are_given():
+  config = recipe("own_images")
+  config.steps = 3
+  got, made = decide.decide(facts(), CPU, config)  # 23 steps in each round of the images
+  configs.check_values(got)
+  reasons = {key: reason for key, _, reason in made}
+  assert "epochs" not in reasons and got.epochs == 1 and got.lr.warmup_epochs == pytest.approx(0.3 / 23, abs=0.005)
+  assert (got.eval_every_epochs, reasons["eval_every_epochs"]) == (1, "the run's end")
+  assert (got.log_every_steps, reasons["log_every_steps"]) == (1, "each step of a short run")
+  longer = decided(facts(), CPU, steps=4600)
+  assert (longer.epochs, longer.eval_every_epochs, longer.log_every_steps) == (200, 20, 46)
+
+
 def test_a_wrong_value_and_a_key_that_nothing_decides_are_told_before_the_images_are_looked_at():
   config = recipe("own_images")
   config.data.folder = "/nowhere"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,14 @@ def test_the_command_writes_what_a_run_evaluates_and_says_that_nothing_was_prove
   assert "the encoder, without the projector, after step 20 of 20 of 64 images" in text and "k-NN top-1" in text
   assert json.loads((tmp_path / "mine" / "config.json").read_text())["ssl_jax"]["figures"]["loss"] > 0
   assert files.read(tmp_path / "mine" / "model.safetensors")["conv1.weight"].dtype == np.float32
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(unbroken, tmp_path, monkeypatch):
+  monkeypatch.setattr(export, "make", None)  # the work
+  (tmp_path / "file").touch()
+  for out in (pathlib.Path("/proc/x"), tmp_path / "file"):
+    with pytest.raises(UserError, match=f"--out: {out}.* cannot be written: "):
+      command.run(unbroken[0], out, None, None)
 
 
 def test_features_that_differ_are_an_error(unbroken, tmp_path, monkeypatch):

@@ -63,6 +63,23 @@ def test_what_a_method_adds_to_its_network_comes_along_and_other_data_do_not_mix
     labelled.fitted(recipe("linear:mae"), tmp_path / "none", {})
 
 
+def test_a_recipe_for_a_vit_is_refused_for_a_resnet_with_the_one_to_take(tmp_path):
+  source = run_of(tmp_path, "quickstart")
+  with pytest.raises(UserError, match=r"for a ViT, and .* has a ResNet: .*--config=configs/finetune_resnet\.py"):
+    labelled.fitted(recipe("finetune_quickstart"), source, {})
+  configs.check_values(labelled.fitted(recipe("finetune_resnet"), source, {"batch_size": 256}))
+
+
+def test_figures_tell_steps_where_the_run_was_given_them(tmp_path, capsys):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 2, "epoch": 0.5, "test_top1": 11.5}\n')
+  config = recipe("linear:simclr")
+  for given, told, untold in (({}, ("epochs", 90), "steps"), ({"steps": 2}, ("steps", 2), "epochs")):
+    config.update(given)
+    labelled.hand_over(config, tmp_path, tmp_path / "linear.json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures[told[0]] == told[1] and untold not in figures and figures["top1"] == 11.5
+
+
 def test_every_method_has_the_protocol_of_its_paper():
   names = ["simclr_imagenet", "moco_imagenet:v2", "moco_imagenet:v3", "moco_imagenet:v3_vit", "byol_imagenet"]
   versions = [eval_linear.version_for(recipe(name)) for name in [*names, "mae_imagenet", "dino_imagenet"]]

@@ -21,6 +21,7 @@ from ssl_jax.commands import report
 from ssl_jax.methods.dino import DINOPictures
 from ssl_jax.methods.mae import MAEPictures
 from ssl_jax.page import drawings, look, pages, words
+from ssl_jax.run import profile
 
 NASTY = '</script><img src=x onerror="alert(1)">&\udcff'
 SOURCE = (ROOT / "ssl_jax" / "page" / "page.html").read_text()
@@ -129,6 +130,15 @@ def test_neither_a_page_nor_a_profile_changes_a_number_of_a_run(unbroken, cache,
   assert len(events) > 100
 
 
+@pytest.mark.parametrize("start, told_of", [(0, False), (9, False), (10, True)])
+def test_a_profile_that_no_step_of_a_run_begins_is_told(tmp_path, capsys, start, told_of):
+  profile.Profile(tmp_path, (10, 20), start, 12)
+  assert ("no profile will be written: profile_steps=10,20" in capsys.readouterr().out) == told_of
+  profile.Profile(tmp_path, None, start, 12)
+  profile.Profile(tmp_path, (13, 20), start, 12)
+  assert capsys.readouterr().out.count(f"begins at step 13, and training goes from step {start + 1} to 12\n") == 1
+
+
 @pytest.mark.parametrize("runs", [1, 4])
 def test_the_largest_page_loads_nothing_and_is_small(tmp_path, runs):
   seen = gallery(look.IMAGES, tuple(f"class {i}" for i in range(300)), side=96)  # noise, which no JPEG makes small
@@ -209,7 +219,7 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path):
     (["none"], "is not a run"),
     (["a", "a"], "name the page of several runs"),
     (["a"] * 5, "at most 4 runs"),
-    (["damaged"], "is damaged"),
+    (["damaged"], "report.json is damaged"),
   ],
 )
 def test_mistakes_of_the_command_are_a_line(tmp_path, monkeypatch, capsys, arguments, problem):
@@ -218,6 +228,17 @@ def test_mistakes_of_the_command_are_a_line(tmp_path, monkeypatch, capsys, argum
   (workdir(tmp_path / "damaged") / "report.json").write_text("{")
   assert report.main(arguments) == 1
   assert problem in capsys.readouterr().err
+
+
+def test_damaged_figures_of_an_evaluation_are_told_once_and_left_out(tmp_path, capsys):
+  folder = workdir(tmp_path / "run", gallery(), trained())
+  (folder / "linear.json").write_text('{"top1": 61.25}')
+  (folder / "knn.json").write_text('{"top1": 7')
+  assert report.main([str(folder)]) == 0
+  told_of = f"{folder / 'knn.json'} is damaged and left out: delete it, or evaluate again\n"
+  assert capsys.readouterr().out.count(told_of) == 1
+  said = told((folder / "report.html").read_text())
+  assert "linear.json" in said and "61.25" in said and "knn.json" not in said
 
 
 def test_the_command_looks_at_the_newest_checkpoint_where_there_is_no_look(unbroken, tmp_path, capsys):

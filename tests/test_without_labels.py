@@ -156,11 +156,9 @@ def test_judge_tells_and_draws_what_images_without_labels_look_like_to_an_encode
   drawn = judge.columns(dataset, np.arange(10), run.eval_view, np.array([0]), {"encoder": np.array([[9, 3]])})
   assert [name for name, _ in drawn] == ["image", "encoder\n1", "encoder\n2"]
   np.testing.assert_array_equal(drawn[1][1][0][..., 0], (images[0] ^ 1) / 255)
-  with (
-    flagsaver.flagsaver(workdir=str(workdir), test_split="test"),
-    pytest.raises(UserError, match="judge looks at one"),
-  ):
-    command.look()
+  for given, told in ((dict(test_split="test"), "judge looks at one"), (dict(images=2), "--images must be at least 3")):
+    with flagsaver.flagsaver(workdir=str(workdir), **given), pytest.raises(UserError, match=told):
+      command.look()
 
 
 def test_colours_that_become_grey_are_told_of_other_images_than_the_runs(photographs, monkeypatch, capsys):

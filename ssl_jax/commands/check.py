@@ -99,7 +99,7 @@ def examine_all(args: argparse.Namespace) -> int:
   if sys.stderr.isatty():
     print(file=sys.stderr)
 
-  print(f"{len(files):,} images, {len(bad):,} skipped{':' if bad else ''}")
+  print(f"{len(files):,} image{'s' if len(files) > 1 else ''}, {len(bad):,} skipped{':' if bad else ''}")
   kinds = {name: reason.partition(" (")[0] for name, reason in bad.items()}  # without counts of bytes
   for reason, count in collections.Counter(kinds.values()).most_common():
     names = [name for name, why in kinds.items() if why == reason]
@@ -120,7 +120,8 @@ def examine_all(args: argparse.Namespace) -> int:
     print(f"{len(flat):,} with fewer than {FEW} levels, such as {in_short(flat)}{wide}")
   if sizes:
     common = ", ".join(f"{w}x{h} ({count:,})" for (w, h), count in sizes.most_common(5))
-    print(f"{len(sizes):,} sizes, width x height: {common}{', ...' if len(sizes) > 5 else ''}")
+    many = f"{len(sizes):,} size{'s' if len(sizes) > 1 else ''}"
+    print(f"{many}, width x height: {common}{', ...' if len(sizes) > 5 else ''}")
     if len(sizes) > 1:
       least, most = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
       print(f"the smallest is {least[0]}x{least[1]}, the largest {most[0]}x{most[1]}")

@@ -23,6 +23,7 @@ from absl import flags
 
 from ssl_jax import augment, build, data
 from ssl_jax import config as configs
+from ssl_jax.commands import check_writable
 from ssl_jax.errors import UserError
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.run import cli, log
@@ -50,6 +51,7 @@ _ROLES = {
 def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int | None) -> int:
   """Exports. Returns the exit status."""
   restored = build.restore(workdir, step)
+  check_writable("--out", out / "model.safetensors")
   config, encoder = restored.config, restored.encoder
   variables = jax.device_get(restored.method.encoder(restored.params, restored.state))
   view, channels = configs.eval_view(config), config.data.channels

@@ -32,7 +32,7 @@ from ssl_jax.run import cli, cluster, plots, report
 from ssl_jax.run.cli import say
 
 SPLIT = flags.DEFINE_string("split", None, "the images; by default what the run trained on")
-IMAGES = flags.DEFINE_integer("images", judge.IMAGES, "how many of them", lower_bound=3)
+IMAGES = flags.DEFINE_integer("images", judge.IMAGES, "how many of them, at least 3")
 
 
 def look() -> int:
@@ -40,6 +40,8 @@ def look() -> int:
   workdir = pathlib.Path(WORKDIR.value)
   if TEST_SPLIT.value or evaluate.CACHE.value:
     raise UserError("judge looks at one split, --split, and keeps no features: leave --test_split and --cache out.")
+  if IMAGES.value < 3:
+    raise UserError(f"--images must be at least 3, got {IMAGES.value}.")
   restored = build.restore_encoder(workdir, STEP.value)
   config, read = restored.config, reading(restored.encoder, FEATURES.value)
   dataset = find(config, SPLIT.value or config.data.split).thinned(IMAGES.value)

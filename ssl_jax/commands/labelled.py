@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections.config_flags import config_path
 
 from ssl_jax import build
+from ssl_jax.errors import UserError
 from ssl_jax.run import cluster, log
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
@@ -28,10 +29,16 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
     given: keys that the user set, which hold in any case: dotted, with their values.
 
   Raises:
-    UserError: the folder is not a run.
+    UserError: the folder is not a run, or the recipe is for a ViT and the run has a ResNet.
   """
   there = build.read_config(source)
   there.data.window = there.data.get("window") or workdirs.read_resolved(source).get("window")  # as the run measured it
+  alien = {"positions", "drop_path"} & set(config.encoder)
+  if alien and not there.encoder.name.startswith("vit"):
+    raise UserError(
+      f"the recipe is for a ViT, and {source} has a ResNet: give the one for ResNets, with a batch for fewer images "
+      "than ImageNet's, as --config=configs/finetune_resnet.py --config.batch_size=256 --labels=all."
+    )
   config = config.copy_and_resolve_references()
   with config.unlocked():
     if not {"data.name", "data.folder"} & set(given):
@@ -56,7 +63,8 @@ def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: A
     return
   last = {key.removeprefix("test_"): x for key, x in rows[-1].items()}
   guessing = {key: x for key, x in rows[0].items() if key == "guessing_top1"}
-  settings = {"learning_rate": config.lr.base, "epochs": config.epochs, "batch_size": config.batch_size}
+  length = "steps" if config.get("steps") else "epochs"
+  settings = {"learning_rate": config.lr.base, length: config[length], "batch_size": config.batch_size}
   figures = facts | {"labels": config.method.get("labels") or "all"} | settings | last | guessing
   if cluster.is_main():
     workdirs.write_whole(path, json.dumps(figures, indent=2) + "\n")

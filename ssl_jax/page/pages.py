@@ -121,12 +121,12 @@ def facts(run: Any) -> dict[str, Any]:
 
 def write_page(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
   """Writes the page of some runs, beside each other, from what their folders hold."""
-  text = page([folder(x) for x in workdirs])
+  text = page([folder(x) | {"figures": figures(x)} for x in workdirs])
   write_whole(out, text.encode("utf-8", "backslashreplace").decode())
 
 
 def folder(workdir: pathlib.Path) -> dict[str, Any]:
-  """What a run's folder tells, whatever of it there is.
+  """What a run's folder tells, whatever of it there is, but for the figures of evaluations.
 
   Raises:
     UserError: it is not a run, or a file in it is damaged.
@@ -139,7 +139,6 @@ def folder(workdir: pathlib.Path) -> dict[str, Any]:
   resolved = read_resolved(workdir)
   lists = [path.read_text(encoding="utf-8", errors="replace") for path in workdir.glob("skipped*.txt")]
   skipped = sorted({name for text in lists for name in text.splitlines()})
-  figures = {path.stem: read_json(path) for path in sorted(workdir.glob("*.json")) if path.stem.startswith(_FIGURES)}
   return {
     "workdir": str(workdir),
     "config": read_json(workdir / "config.json"),
@@ -148,12 +147,22 @@ def folder(workdir: pathlib.Path) -> dict[str, Any]:
     "rows": rows,
     "look": shown,
     "skipped": skipped,
-    "figures": figures,
   }
 
 
+def figures(workdir: pathlib.Path) -> dict[str, Any]:
+  """What evaluations of a run wrote, by the names of their files; a damaged one is told and left out."""
+  found = {}
+  for path in sorted(path for path in workdir.glob("*.json") if path.stem.startswith(_FIGURES)):
+    try:
+      found[path.stem] = read_json(path)
+    except UserError:
+      say(f"{path} is damaged and left out: delete it, or evaluate again")
+  return found
+
+
 def page(runs: list[dict[str, Any]]) -> str:
-  """The page of some runs (`folder`), as HTML that loads nothing."""
+  """The page of some runs (`folder` and `figures`), as HTML that loads nothing."""
   titles = _titles([run["workdir"] for run in runs])
   shown = [_shown(i, title, run) for i, (title, run) in enumerate(zip(titles, runs, strict=True))]
   written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
