@@ -39,6 +39,7 @@ def test_blocks_are_measured(tmp_path):
   assert rows and all(row["ms"] > 0 and row["temporary_mib"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tmp_path):
   rows, out = report(tmp_path / "rows.json", "--sections", "steps", "--recipes", "dino_imagenet", "--seconds=0")
   assert [(row["section"], row["left_out"]) for row in rows] == [("steps", ["recipe=dino_imagenet batch=4 small=True"])]

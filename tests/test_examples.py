@@ -11,7 +11,11 @@ import pytest
 SCRIPTS = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+# One that is BYOL again, around another encoder, is slow.
+CASES = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "own_encoder"), id=path.stem) for path in SCRIPTS]
+
+
+@pytest.mark.parametrize("path", CASES)
 def test_every_example_learns(path, capsys):
   steps = 100
   with jax.numpy_rank_promotion("allow"):  # as a user's JAX is

@@ -104,6 +104,7 @@ def test_large_batches_need_memory_that_grows_with_the_batch_not_its_square(opti
   assert memory.temp_size_in_bytes < bound * 2**20  # the matrix of 2N x 2N would be 16, 4,096 and 16,384 MiB
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_blocks_are_right_and_forward_mode_alone_is_an_error(x64):
   z1, z2, direction = (jnp.asarray(x) for x in (*draw(5, 3), draw(5, 3, 1)[0]))
 

@@ -125,6 +125,7 @@ def assert_alike(got, want, rows, want_rows, tolerance):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_and_microbatches_share_what_is_drawn_for_the_whole_batch(mesh, monkeypatch):
   want, want_rows = steps_on(recipe(), mesh(1), monkeypatch)
   config = recipe(microbatch=4)
@@ -183,6 +184,7 @@ def test_a_step_of_the_linear_protocol_is_the_one_by_hand_and_leaves_the_encoder
   assert set(got.params) == {"head"} and sizes[1] == sizes[0] + 1  # no momentum but the head's; a step's number
 
 
+@pytest.mark.slow
 def test_a_step_of_fine_tuning_is_the_one_by_hand_on_mixed_images(mesh, monkeypatch):
   config = recipe()
   config.encoder.update(depth=1, drop_path=0.0)
