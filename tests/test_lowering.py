@@ -180,7 +180,13 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Their programs are those of dinov2_imagenet and finetune_mae, but for sizes and for an encoder that is frozen.
+LIKE_OTHERS = ("dinov2_quickstart:", "finetune_quickstart:", "linear:dino_vit_base")
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(x, marks=pytest.mark.slow) if x in LIKE_OTHERS else x for x in RECIPES], ids=RECIPES
+)
 def test_every_recipes_step_is_lowered_for_every_platform(name, cudnn, mesh):
   config = recipe(name)
   made = build.program(config, mesh(2), 100 * config.epochs, 100)

@@ -26,7 +26,7 @@ VIEWS = {
   "dinov2": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
   "lejepa": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
 }
-SLOW = ("mae", "dinov2", "simsiam", "vicreg", "barlow_twins")
+SLOW = ("mae", "dinov2", "byol", "simsiam", "vicreg", "barlow_twins")
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 14, 14, 1), dtype=np.uint8)
 
 

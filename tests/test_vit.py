@@ -178,7 +178,8 @@ def test_initialisation_is_each_papers():
 def test_the_deviation_of_the_linear_layers_is_a_setting():
   shape = jnp.zeros((1, 32, 32, 3))
   for std in (0.02, 0.1):
-    params = vit.ViT(patch_size=8, dim=64, depth=1, heads=4, image_size=32, init_std=std).init(ONE, shape, train=False)
+    model = vit.ViT(patch_size=8, dim=64, depth=1, heads=4, image_size=32, init_std=std)
+    params = jax.jit(functools.partial(model.init, train=False))(ONE, shape)
     block = params["params"]["blocks_0"]
     for kernel in (block["attn"]["qkv"], block["attn"]["proj"], block["mlp"]["fc1"], block["mlp"]["fc2"]):
       np.testing.assert_allclose(np.std(kernel["kernel"]), std, rtol=0.05)
