@@ -189,6 +189,7 @@ def start(root, path, **given):
   return train.main(small(root, **given), path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path, capsys, monkeypatch):
   root = tmp_path / "pictures"
   for i in range(24):

@@ -11,8 +11,8 @@ import pytest
 SCRIPTS = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-# One that is BYOL again, around another encoder, is slow.
-CASES = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "own_encoder"), id=path.stem) for path in SCRIPTS]
+SLOW = ("byol_loss", "dino_loss", "own_encoder")
+CASES = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in SCRIPTS]
 
 
 @pytest.mark.parametrize("path", CASES)

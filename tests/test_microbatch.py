@@ -26,7 +26,7 @@ VIEWS = {
   "dinov2": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
   "lejepa": (*TWO, *(2 * (augment.View(size=8, scale=(0.1, 0.4)),))),
 }
-SLOW = ("mae", "dinov2", "byol", "simsiam", "vicreg", "barlow_twins")
+SLOW = ("mae", "dinov2", "byol", "lejepa", "simsiam", "vicreg", "barlow_twins")
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 14, 14, 1), dtype=np.uint8)
 
 
@@ -114,7 +114,7 @@ def test_with_batch_norm_in_groups_a_step_by_microbatches_is_the_step_of_the_who
   assert_alike(one_step(name, 1, 4, True, group=4), one_step(name, 1, None, True, group=4))
 
 
-@pytest.mark.parametrize("name", ["byol", "moco_v3"])
+@pytest.mark.parametrize("name", [pytest.param("byol", marks=pytest.mark.slow), "moco_v3"])
 def test_with_batch_norm_a_chunk_is_normalised_apart_and_running_statistics_are_averaged(name):
   whole, half = one_step(name, 1, None, True)[0], one_step(name, 1, 4, True)[0]
   for network in ("batch_stats", "target_batch_stats" if name == "byol" else "momentum_batch_stats"):

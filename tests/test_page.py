@@ -118,6 +118,7 @@ def test_a_runs_page_tells_what_it_is_and_what_it_is_worth(unbroken):
   assert len(text) < 600_000
 
 
+@pytest.mark.slow
 def test_neither_a_page_nor_a_profile_changes_a_number_of_a_run(unbroken, cache, tmp_path):
   workdir = tmp_path / "run"
   out = finish(start(cache, "train.py", workdir, report=False, profile_steps="10,11"))

@@ -235,7 +235,8 @@ def test_class_tokens_of_the_last_blocks_stand_before_the_mean_of_the_patches():
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("made", [pytest.param(recipe, marks=pytest.mark.slow), frozen])
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [recipe, frozen])
 def test_a_stopped_run_goes_on_bit_for_bit_and_its_rows_are_of_the_test_images(made, tmp_path, mesh, monkeypatch):
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
   monkeypatch.setattr(parallel, "make_mesh", lambda: mesh(1))
