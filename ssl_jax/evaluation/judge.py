@@ -10,8 +10,8 @@ from ssl_jax.data.crop import centre_crop
 from ssl_jax.evaluation import without_labels
 from ssl_jax.evaluation.features import Extractor
 
-# Images whose features are measured. The singular values of 2,048 wide features take 15 s on a core, of 512 half a
-# second.
+# Images whose features are measured. Of 2,048 images with 3,136 features each the singular values take 2.5 s on a core,
+# of 512 half a second: an evaluation within a run should not wait.
 IMAGES, IMAGES_IN_A_RUN = 2048, 512
 PAIRS = 256  # images that two views are drawn of
 SHOWN, NEAREST = 12, 5  # images of the picture, and neighbours of each
