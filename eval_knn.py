@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from ssl_jax import build, parallel
+from ssl_jax import parallel, restore
 from ssl_jax.commands import evaluate
 from ssl_jax.commands.evaluate import BATCH_SIZE, FEATURES, STEP, TEST_SPLIT, WORKDIR, features_of, load
 from ssl_jax.errors import UserError
@@ -41,7 +41,7 @@ def main() -> int:
     raise UserError(f"--k must be whole numbers from 1 on with commas between, got {','.join(K.value)!r}.")
   if not positive().holds(TEMPERATURE.value):
     raise UserError(f"--temperature must be a positive number, got {TEMPERATURE.value}.")
-  restored = build.restore_encoder(workdir, STEP.value)
+  restored = restore.restore_encoder(workdir, STEP.value)
   config, read = restored.config, reading(restored.encoder, FEATURES.value)
   why = "k-NN classifies by labels"
   bank = load(config, BANK_SPLIT.value or config.data.split, why)

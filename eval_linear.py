@@ -32,7 +32,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import train
-from ssl_jax import build, parallel
+from ssl_jax import parallel, restore
 from ssl_jax.commands import evaluate, labelled
 from ssl_jax.commands.evaluate import (
   BATCH_SIZE,
@@ -85,7 +85,7 @@ def main() -> int:
     return by_the_papers(workdir)
   wanted, draws = labels_and_draws()
   of_pixels, chooses = settings()
-  restored = build.restore_encoder(workdir, STEP.value)
+  restored = restore.restore_encoder(workdir, STEP.value)
   config, why = restored.config, "a classifier is trained and scored by labels"
   read, score = of_encoder(restored.encoder, of_pixels)
   train_set = load(config, TRAIN_SPLIT.value or config.data.split, why)
@@ -153,7 +153,7 @@ def by_the_papers(workdir: pathlib.Path) -> int:
   given |= {"method.labels": None if LABELS.value == "all" else LABELS.value}
   given = {key: value for key, value in given.items() if value is not None}
   if CONFIG.value is None:
-    version = version_for(build.read_config(workdir))
+    version = version_for(restore.read_config(workdir))
     config = runpy.run_path(str(RECIPE))["get_config"](version)
   else:
     file, _, version = flags.FLAGS["config"].config_filename.partition(":")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
   from ssl_jax.augment import View as View
   from ssl_jax.augment import make_views as make_views
-  from ssl_jax.build import restore_encoder as restore_encoder
   from ssl_jax.data.image import read_image as read_image
   from ssl_jax.evaluation.knn import knn_predict as knn_predict
   from ssl_jax.evaluation.linear import logistic_regression as logistic_regression
@@ -48,6 +47,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.simclr import simclr as simclr
   from ssl_jax.methods.simsiam import simsiam as simsiam
   from ssl_jax.methods.vicreg import vicreg as vicreg
+  from ssl_jax.restore import restore_encoder as restore_encoder
   from ssl_jax.weights.load import load_weights as load_weights
 
 _HOMES = {  # the module of each name
@@ -82,7 +82,7 @@ _HOMES = {  # the module of each name
   "nt_xent": "losses",
   "patchify": "losses",
   "read_image": "data.image",
-  "restore_encoder": "build",
+  "restore_encoder": "restore",
   "sigreg": "losses",
   "simclr": "methods.simclr",
   "simsiam": "methods.simsiam",

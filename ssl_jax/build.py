@@ -1,4 +1,4 @@
-"""The one door: from a config, or from a run's workdir, to everything that is built from it.
+"""The one door: from a config to everything that is built from it (`restore.py`: from a run's workdir).
 
 Only this file and `config.py` see a whole config. The other modules are handed their own sections or plain values.
 """
@@ -7,13 +7,12 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -22,21 +21,16 @@ from ssl_jax import advise, data, decide, fit, flops, methods, models, optim, pa
 from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset, look
-from ssl_jax.data.crop import centre_crop
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.data.folder import files_of
-from ssl_jax.data.image import as_pixels
-from ssl_jax.data.memory import Cut
 from ssl_jax.decide import Decision
 from ssl_jax.errors import NoSplit, UserError
-from ssl_jax.evaluation import features, guard, probe
+from ssl_jax.evaluation import features, probe
 from ssl_jax.methods.base import AXIS, Context, Method
-from ssl_jax.run import checkpoint, log
-from ssl_jax.run.workdir import Saved, read_json, read_resolved
+from ssl_jax.run.workdir import Saved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
 
-_AT_ONCE = 256  # images that a restored encoder computes the features of
 _GLANCE = 64  # images of a folder that a recipe which leaves nothing open is compared with
 
 
@@ -368,155 +362,3 @@ def method_of(config: Any, steps: int, steps_per_epoch: int, axis_name: str | No
   """The method of a recipe, and its encoder for evaluation."""
   module, given = methods.find(config.method.name), context(config, steps, steps_per_epoch, axis_name)
   return module.from_config(config.method, given), module.make_encoder(config.method, given)
-
-
-def read_config(workdir: pathlib.Path) -> Any:
-  """The config of the run in a workdir. Raises UserError where there is no run."""
-  if not (workdir / "config.json").is_file():
-    raise UserError(f"{workdir} is not a run: it has no config.json.")
-  config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
-  try:
-    configs.check_values(config)
-  except UserError as error:
-    raise UserError(f"{workdir / 'config.json'} is damaged: {error}") from None
-  return config
-
-
-def encoder_section(config: Any) -> dict[str, Any]:
-  """The section `encoder` of a recipe with what its method adds to the architecture, for a recipe of another method."""
-  encoder = methods.find(config.method.name).make_encoder(config.method, context(config, 1, 1))
-  added = {key: getattr(encoder, key) for key in ("positions", "project_first") if hasattr(encoder, key)}
-  return {**{key: x for key, x in config.encoder.items() if key != "bn_group_size"}, **added}
-
-
-class Restored(NamedTuple):
-  """An encoder from a run, and `features(images)`, what it gives as the run's evaluation sees images.
-
-  `encoder.apply(variables, images, train=False)` is the encoder alone, of images resized, cropped and normalised.
-
-  Attributes:
-    encoder: the module.
-    variables: its parameters and batch statistics.
-    step: of the checkpoint.
-    config: the run's.
-    eval_view: what the run's evaluation sees of an image.
-    extractor: computes the features of data sets, on all devices.
-    untrained: () -> the variables that the run began with.
-  """
-
-  encoder: nn.Module
-  variables: dict[str, Any]
-  step: int
-  config: Any
-  eval_view: EvaluationView
-  extractor: features.Extractor
-  untrained: Callable[[], dict[str, Any]]
-
-  def features(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-    """Features of images in memory, resized, cropped and normalised as the run's evaluation does, some at a time.
-
-    Args:
-      images: uint8, or float in [0, 1], which is rounded to the 256 levels of an image file: [n, H, W, C], or a
-        sequence of [H, W, C] of any sizes. C is the run's `data.channels`.
-
-    Returns:
-      float32 [n, d], on every process; all of them have to call it, with the same images.
-
-    Raises:
-      TypeError: images that are neither uint8 nor floating point.
-      ValueError: no images, shapes or channels that do not fit, floats outside of [0, 1], an image too long to resize.
-    """
-    if not len(images):
-      raise ValueError("images must hold one at least, got none.")
-    found = []
-    for start in range(0, len(images), self.extractor.batch_size):
-      some = images[start : start + self.extractor.batch_size]
-      cut = np.stack([centre_crop(as_pixels(x, self.config.data.channels), self.eval_view) for x in some])
-      batch = Cut(images=cut, labels=np.full(len(cut), -1), num_classes=0, name="images", split="")
-      found.append(self.extractor.all(self.variables, batch).features)
-    return np.concatenate(found)
-
-
-class RestoredRun(NamedTuple):
-  """A run's method with its parameters and state, heads, teacher and queue among them, but no optimizer.
-
-  Attributes:
-    method: the method.
-    encoder: its encoder for evaluation.
-    params, state: of the checkpoint.
-    step: of the checkpoint.
-    config: the run's.
-    init: () -> TrainState, what the run began with, without an optimizer.
-  """
-
-  method: Method
-  encoder: nn.Module
-  params: Any
-  state: Any
-  step: int
-  config: Any
-  init: Callable[[], TrainState]
-
-
-def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Restored:
-  """Restores the encoder that a run's method evaluates, onto this process's devices, however many wrote it.
-
-  Args:
-    workdir: what train.py wrote to.
-    step: which checkpoint; None: the newest, or the best of a run with `guard`.
-
-  Raises:
-    UserError: there is no such run or checkpoint, or it cannot be read.
-  """
-  run = restore(workdir, step)
-  mesh, eval_view = parallel.make_mesh(), configs.eval_view(run.config)
-  extractor = features.Extractor(run.encoder, eval_view, mesh, -(-_AT_ONCE // mesh.size) * mesh.size)
-  variables = run.method.encoder(run.params, run.state)
-
-  def untrained():
-    begun = run.init()
-    return run.method.encoder(begun.params, begun.state)
-
-  return Restored(run.encoder, variables, run.step, run.config, eval_view, extractor, untrained)
-
-
-def restore_optimizer(workdir: str | os.PathLike, step: int) -> Any:
-  """The optimizer's state of a run's checkpoint. `restore` has found the checkpoint, and raises what this may raise."""
-  workdir = pathlib.Path(workdir)
-  config, resolved = ml_collections.ConfigDict(read_json(workdir / "config.json")), read_resolved(workdir)
-  mesh, steps = parallel.make_mesh(), resolved.get("steps", max(step, 1))
-  state = program(config, mesh, steps, resolved.get("steps_per_epoch", steps)).state
-  # Whole on every device, however it was split.
-  parts = {"opt_state": parallel.abstract(state.opt_state, parallel.replicated(mesh))}
-  return checkpoint.restore(workdir / "checkpoints", step, parts)["opt_state"]
-
-
-def restore(workdir: str | os.PathLike, step: int | None = None) -> RestoredRun:
-  """Restores all that a run's method has; arguments and errors are those of `restore_encoder`."""
-  workdir = pathlib.Path(workdir)
-  config, folder = read_config(workdir), workdir / "checkpoints"
-  found = checkpoint.steps(folder)
-  if step is None and config.get("guard"):
-    step = guard.best_step([row for row in log.read_rows(workdir / "metrics.jsonl") if row["step"] in found])
-  step = next(iter(found), None) if step is None else step
-  if step is None:
-    raise UserError(f"{folder} has no checkpoint yet.")
-  if step not in found:
-    raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
-  resolved = read_resolved(workdir)
-  config.data.window = config.data.get("window") or resolved.get("window")  # as the run measured it
-  # Schedules end at `steps`, which no evaluation sees: runs that did not write it are as long as they came.
-  steps = resolved.get("steps", max(step, 1))
-  method, encoder = method_of(config, steps, resolved.get("steps_per_epoch", steps))
-  init = training.make_init(method, optax.identity(), configs.views(config), config.data.channels, config.seed)
-  mesh = parallel.make_mesh()
-  state = parallel.abstract(jax.eval_shape(init), parallel.replicated(mesh))
-  try:
-    restored = checkpoint.restore(folder, step, {"params": state.params, "state": state.state})
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file.
-    raise UserError(
-      f"the checkpoint of step {step} in {folder} cannot be read ({checkpoint.first_line(error)}): take another by its "
-      f"step, of {', '.join(map(str, found))}."
-    ) from error
-  init = jax.jit(init, out_shardings=parallel.replicated(mesh))
-  return RestoredRun(method, encoder, restored["params"], restored["state"], step, config, init)

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import train
 from runs import ROOT, final_state
-from ssl_jax import build
+from ssl_jax import build, restore
 from ssl_jax.evaluation import guard
 from ssl_jax.evaluation.features import Features
 from ssl_jax.weights import layouts
@@ -71,8 +71,8 @@ def test_a_ruined_encoder_is_told_and_the_start_handed_back(weights, tmp_path, m
     "k-NN 90.00 % at the start, 20.00 % at the worst (step 8), 30.00 % at the end, 90.00 % at the best (step 0)" in out
   )
   assert "the start was best, and this training made the features worse: restore_encoder" in out
-  restored = build.restore_encoder(tmp_path / "run")
-  assert restored.step == 0 and build.restore_encoder(tmp_path / "run", 12).step == 12
+  restored = restore.restore_encoder(tmp_path / "run")
+  assert restored.step == 0 and restore.restore_encoder(tmp_path / "run", 12).step == 12
   jax.tree.map(np.testing.assert_array_equal, restored.variables["params"], start)
 
 

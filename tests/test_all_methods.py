@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from runs import final_state
-from ssl_jax import augment, build, monitors, parallel
+from ssl_jax import augment, build, monitors, parallel, restore
 from ssl_jax import config as configs
 from ssl_jax.data import memory
 from ssl_jax.run import log
@@ -218,7 +218,7 @@ def test_checkpoints_of_a_sharded_state_are_read_whole_and_the_other_way_round(n
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
     scale = max(float(np.max(np.abs(y))), 1e-3)
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
-  assert build.restore_encoder(tmp_path / "changing").step == 8
+  assert restore.restore_encoder(tmp_path / "changing").step == 8
 
 
 @pytest.mark.parametrize("name", ["moco_quickstart", *slow("mae_quickstart", "dino_quickstart"), *SLOW])

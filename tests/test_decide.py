@@ -22,7 +22,7 @@ from photographs import photograph
 
 import train
 from runs import assert_same_run
-from ssl_jax import advise, build, decide, fit
+from ssl_jax import advise, build, decide, fit, restore
 from ssl_jax import config as configs
 from ssl_jax.data import folder, look
 from ssl_jax.errors import UserError
@@ -221,7 +221,7 @@ def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path
   other, saved = small(root, **{"encoder.stem": "imagenet"}), workdir.saved(tmp_path / "parts")
   with pytest.raises(UserError, match=r"encoder\.stem: now 'imagenet', then 'patch'"):
     configs.check_same(decide.completed(other, saved.config), saved.config)
-  restored = build.restore(tmp_path / "parts")
+  restored = restore.restore_run(tmp_path / "parts")
   assert restored.config.views[0]["size"] == 32 and restored.config.encoder.stem == "patch"
 
 

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ssl_jax import build, convert, load_weights
+from ssl_jax import convert, load_weights, restore
 from ssl_jax.augment import EvaluationView
 from ssl_jax.commands import export as command
 from ssl_jax.errors import UserError
@@ -163,7 +163,7 @@ def test_the_command_writes_what_a_run_evaluates_and_says_that_nothing_was_prove
   printed = capsys.readouterr().out
   assert "a ResNet with the stem 'patch': the arrays alone are written" in printed
   assert "nothing was proven: ssl_jax alone loads these arrays" in printed
-  run = build.restore_encoder(unbroken[0])
+  run = restore.restore_encoder(unbroken[0])
   jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "mine", run.encoder).variables, run.variables)
   text = (tmp_path / "mine" / "README.md").read_text()
   assert "by simclr on fashion_mnist_mini (train[:512], 512 images)" in text

@@ -14,7 +14,7 @@ import safetensors.numpy
 from test_train import small_config
 
 import train
-from ssl_jax import build, optim, training
+from ssl_jax import build, optim, restore, training
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.weights import layouts
@@ -105,7 +105,7 @@ def test_weights_of_another_image_size_and_other_channels_are_made_to_fit(tmp_pa
 
 
 def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
-  run, there = fake_run(small_config(init_from=str(unbroken[0]))), build.restore(unbroken[0])
+  run, there = fake_run(small_config(init_from=str(unbroken[0]))), restore.restore_run(unbroken[0])
   before, (after, told) = run.init(), build.start(run)
   assert same(after.params, there.params) and same(after.state, there.state)
   assert same((after.step, after.opt_state), (before.step, before.opt_state))
@@ -119,9 +119,9 @@ def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
 
 def test_moments_are_taken_along_where_that_is_asked_and_schedules_begin_anew(unbroken):
   config = small_config(init_from=str(unbroken[0]), init_optimizer=True)
-  run, there = fake_run(config), build.restore_optimizer(unbroken[0], 20)
+  run, there = fake_run(config), restore.restore_optimizer(unbroken[0], 20)
   optimizer = optim.make(config.optimizer, configs.parameter_rules(config), lambda step: 0.1, 20, 8)
-  params = build.restore(unbroken[0]).params
+  params = restore.restore_run(unbroken[0]).params
   begun = run.init()._replace(opt_state=optimizer.init(params))
   run.init = lambda: begun
   after, told = build.start(run)
@@ -141,7 +141,7 @@ def test_a_run_of_another_method_gives_its_encoder(unbroken):
   config = recipe("byol_quickstart")
   config.encoder.width = 0.125
   config.init_from = str(unbroken[0])
-  run, there = fake_run(config), build.restore_encoder(unbroken[0])
+  run, there = fake_run(config), restore.restore_encoder(unbroken[0])
   after, _ = build.start(run)
   assert same(after.params["encoder"], there.variables["params"])
   assert same(after.state.target_params["encoder"], there.variables["params"])

@@ -13,7 +13,7 @@ from named_weights import named_images, named_weight
 from trajectories import error, named_variables
 
 import ssl_jax
-from ssl_jax import build, convert, load_weights
+from ssl_jax import convert, load_weights, restore
 from ssl_jax.errors import UserError
 from ssl_jax.models import resnet, vit
 from ssl_jax.models.heads import DINOHead
@@ -236,7 +236,7 @@ def test_full_size_official_files_give_the_official_features(golden, tmp_path, n
 
 
 def test_a_runs_encoder_comes_with_the_rest_of_its_checkpoint(unbroken):
-  run = build.restore(unbroken[0])
+  run = restore.restore_run(unbroken[0])
   loaded = ssl_jax.load_weights(unbroken[0], run.encoder)
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, run.method.encoder(run.params, run.state))
   head = loaded.extra["params.projector.linear1.kernel"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import train
-from ssl_jax import build, parallel
+from ssl_jax import build, parallel, restore
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import accuracy, features
 from ssl_jax.run import log
@@ -43,7 +43,7 @@ def test_it_goes_on_as_it_would_have_then(old_run):
 
 def test_its_encoder_is_evaluated(old_run):
   workdir, config = old_run
-  restored = build.restore_encoder(workdir)
+  restored = restore.restore_encoder(workdir)
   assert restored.step == 5
   extractor = features.Extractor(restored.encoder, restored.eval_view, parallel.make_mesh(), 64)
   sets = [build.dataset(config, split) for split in (config.data.split, config.data.test_split)]
@@ -58,17 +58,17 @@ def test_files_that_somebody_has_damaged_are_told_by_their_path(old_run):
   for name, content in (("config.json", '{"a":'), ("config.json", "[]"), ("resolved.json", "x")):
     kept = (workdir / "config.json").read_text()
     (workdir / name).write_text(content)
-    for use in (lambda: build.restore_encoder(workdir), lambda: train.main(config, workdir)):
+    for use in (lambda: restore.restore_encoder(workdir), lambda: train.main(config, workdir)):
       with pytest.raises(UserError, match=rf"{workdir / name} is damaged.*put it back"):
         use()
     (workdir / "config.json").write_text(kept)
   (workdir / "config.json").write_text(kept.replace('"batch_size": ', '"batch_size": -'))
   with pytest.raises(UserError, match=rf"{workdir / 'config.json'} is damaged: batch_size must be a whole number"):
-    build.restore_encoder(workdir)
+    restore.restore_encoder(workdir)
   (workdir / "config.json").write_text(kept)
   shutil.rmtree(workdir / "checkpoints")
   with pytest.raises(UserError, match="has no checkpoint yet"):
-    build.restore_encoder(workdir)
+    restore.restore_encoder(workdir)
   (workdir / "resolved.json").unlink()
   (workdir / "checkpoints").touch()
   with pytest.raises(UserError, match=rf"{workdir / 'checkpoints'} is a file, where a run has a folder"):
@@ -78,7 +78,7 @@ def test_files_that_somebody_has_damaged_are_told_by_their_path(old_run):
 def test_its_encoder_reads_values_of_more_than_8_bits_as_the_run_did(old_run, tmp_path):
   workdir, _ = old_run
   (workdir / "resolved.json").write_text(json.dumps({"window": [0, 510]}))
-  config = build.restore_encoder(workdir).config
+  config = restore.restore_encoder(workdir).config
   config.data.folder = str(tmp_path / "images")
   pathlib.Path(config.data.folder).mkdir()
   np.save(tmp_path / "images" / "0.npy", np.arange(256, dtype=np.uint16).reshape(16, 16))

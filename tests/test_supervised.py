@@ -11,7 +11,7 @@ from test_all_methods import few_images, in_memory, small  # noqa: F401
 
 import train
 from runs import final_state
-from ssl_jax import augment, build, data, parallel
+from ssl_jax import augment, build, data, parallel, restore
 from ssl_jax.errors import UserError
 from ssl_jax.methods import supervised
 from ssl_jax.models import heads, vit
@@ -252,7 +252,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_its_rows_are_of_the_test_images(m
   first, *_, last = [row for row in log.read_rows(tmp_path / "whole" / "metrics.jsonl") if "test_top1" in row]
   assert last["step"] == 8 and last["test_images"] == 32 and first["guessing_top1"] == 50
   assert last["test_top1_low"] < last["test_top1"] < last["test_top1_high"]
-  restored = build.restore_encoder(tmp_path / "stopped")
+  restored = restore.restore_encoder(tmp_path / "stopped")
   assert restored.features(np.zeros((3, 16, 16, 1), np.uint8)).shape[0] == 3
 
 

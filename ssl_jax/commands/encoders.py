@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ssl_jax import advise, build, data, parallel
+from ssl_jax import advise, build, data, parallel, restore
 from ssl_jax.augment import EvaluationView
 from ssl_jax.data import Dataset, look
 from ssl_jax.data.image import Window, read_image
@@ -65,7 +65,7 @@ class Source(NamedTuple):
 
 def of_run(workdir: pathlib.Path, step: int | None = None) -> Source:
   """The encoder that a run evaluates."""
-  run = build.restore_encoder(workdir, step)
+  run = restore.restore_encoder(workdir, step)
   config = run.config
   window = config.data.get("window")
   about = config.data.channels, window and tuple(window)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ssl_jax import augment, build, data
+from ssl_jax import augment, build, data, restore
 from ssl_jax import config as configs
 from ssl_jax.commands import check_writable
 from ssl_jax.errors import UserError
@@ -50,7 +50,7 @@ _ROLES = {
 
 def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int | None) -> int:
   """Exports. Returns the exit status."""
-  restored = build.restore(workdir, step)
+  restored = restore.restore_run(workdir, step)
   check_writable("--out", out / "model.safetensors")
   config, encoder = restored.config, restored.encoder
   variables = jax.device_get(restored.method.encoder(restored.params, restored.state))
@@ -84,7 +84,7 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
   return 0
 
 
-def with_decoder(restored: build.RestoredRun, view, facts, out: pathlib.Path, images: np.ndarray):
+def with_decoder(restored: restore.RestoredRun, view, facts, out: pathlib.Path, images: np.ndarray):
   """Writes a MAE with its decoder. Returns (export.Exported, the differences)."""
   config = restored.config
   encoder: Any = restored.encoder  # a ViT
@@ -100,7 +100,7 @@ def with_decoder(restored: build.RestoredRun, view, facts, out: pathlib.Path, im
   return exported, proven
 
 
-def facts_of(workdir: pathlib.Path, restored: build.RestoredRun) -> dict[str, Any]:
+def facts_of(workdir: pathlib.Path, restored: restore.RestoredRun) -> dict[str, Any]:
   """What the run was, and what it was worth at this step, as JSON holds it."""
   config, resolved = restored.config, read_resolved(workdir)
   name = f"moco_v{config.method.version}" if config.method.name == "moco" else config.method.name

@@ -20,8 +20,8 @@ import sys
 import numpy as np
 from absl import flags
 
-from ssl_jax import build, parallel
 from ssl_jax import config as configs
+from ssl_jax import parallel, restore
 from ssl_jax.commands import evaluate
 from ssl_jax.commands.evaluate import BATCH_SIZE, FEATURES, STEP, TEST_SPLIT, WORKDIR, find
 from ssl_jax.errors import UserError
@@ -42,7 +42,7 @@ def look() -> int:
     raise UserError("judge looks at one split, --split, and keeps no features: leave --test_split and --cache out.")
   if IMAGES.value < 3:
     raise UserError(f"--images must be at least 3, got {IMAGES.value}.")
-  restored = build.restore_encoder(workdir, STEP.value)
+  restored = restore.restore_encoder(workdir, STEP.value)
   config, read = restored.config, reading(restored.encoder, FEATURES.value)
   dataset = find(config, SPLIT.value or config.data.split).thinned(IMAGES.value)
   say(f"step {restored.step} of {workdir}")

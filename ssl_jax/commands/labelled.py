@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_flags import config_path
 
-from ssl_jax import build
+from ssl_jax import restore
 from ssl_jax.errors import UserError
 from ssl_jax.run import cluster, log
 from ssl_jax.run import workdir as workdirs
@@ -31,7 +31,7 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
   Raises:
     UserError: the folder is not a run, or the recipe is for a ViT and the run has a ResNet.
   """
-  there = build.read_config(source)
+  there = restore.read_config(source)
   there.data.window = there.data.get("window") or workdirs.read_resolved(source).get("window")  # as the run measured it
   alien = {"positions", "drop_path"} & set(config.encoder)
   if alien and not there.encoder.name.startswith("vit"):
@@ -46,7 +46,7 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
     config.data.channels = there.data.channels
     config.method.classes = None  # the data tell it
     own = {key: config.encoder[key] for key in _OWN if key in config.encoder}
-    config.encoder = ml_collections.ConfigDict(build.encoder_section(there) | own)
+    config.encoder = ml_collections.ConfigDict(restore.encoder_section(there) | own)
     seen = {key: there.views[0].get(key, ()) for key in ("mean", "std")} | {"size": there.views[0]["size"]}
     config.views = tuple({**view, **seen} for view in config.views)
     config.eval_view.update(there.eval_view)

@@ -13,7 +13,7 @@ import pathlib
 
 import jax.numpy as jnp
 
-from ssl_jax import build
+from ssl_jax import build, restore
 from ssl_jax.commands import Parser, check_writable
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import during_training
@@ -67,7 +67,7 @@ def write(workdirs: list[pathlib.Path], out: pathlib.Path | None, fresh: bool) -
 
 def look_again(workdir: pathlib.Path) -> dict:
   """The look of a run's newest checkpoint, at the data that its config names. Raises UserError where either is gone."""
-  restored = build.restore(workdir)
+  restored = restore.restore_run(workdir)
   run = build.run(restored.config)
   train = TrainState(jnp.int32(restored.step), restored.params, restored.state, ())
   seen = look.gallery(run)

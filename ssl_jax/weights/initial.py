@@ -47,13 +47,13 @@ def start_from(
       take.
   """
   if (pathlib.Path(path) / "checkpoints").is_dir():
-    from ssl_jax import build  # imported late: it imports this module
+    from ssl_jax import restore  # imported late: it imports this module
 
-    run = build.restore(path)
+    run = restore.restore_run(path)
     if _kind(run.config.method) == _kind(method):
       new, lines = _whole(run, train, path)
       if take_optimizer:
-        opt_state = _moments(build.restore_optimizer(path, run.step), new.opt_state, path)
+        opt_state = _moments(restore.restore_optimizer(path, run.step), new.opt_state, path)
         new, lines = new._replace(opt_state=opt_state), [*lines, "the optimizer's moments too; schedules begin anew"]
       return new, lines
   if take_optimizer:

@@ -127,11 +127,11 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_run(workdir, take, report):
-  from ssl_jax import build  # imported late: training imports this module
+  from ssl_jax import restore  # imported late: it imports this module
 
   if take:
     raise UserError(f"take={take!r} picks from a file; of a run the encoder that it evaluates is loaded.")
-  run = build.restore(workdir)
+  run = restore.restore_run(workdir)
   state = layouts.whole_state(run.encoder, run.method.encoder(run.params, run.state))
   rest = {"params": {name: part for name, part in run.params.items() if name != "encoder"}, "state": run.state}
   leaves = jax.tree_util.tree_leaves_with_path(rest)
