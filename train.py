@@ -25,7 +25,7 @@ from ssl_jax import config as configs
 from ssl_jax.build import Run
 from ssl_jax.evaluation import during_training, guard
 from ssl_jax.page import pages
-from ssl_jax.run import checkpoint, cli, cluster, lock, log, plots, profile, progress, report
+from ssl_jax.run import checkpoint, cli, cluster, lock, log, messages, plots, profile, progress, signals
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
@@ -35,7 +35,7 @@ def main(config, workdir: pathlib.Path) -> int:
   """Trains. Returns the exit status: 0, or 128 + the number of the signal that ended the run."""
   run = cluster.together(lambda: build.run(config, workdirs.saved(workdir), say))
   cluster.check_alike(configs.facts(run.config) | run.facts())
-  with lock.held(workdir), cluster.listening_for_signals() as stopping:  # While it waits, a signal ends it at once.
+  with lock.held(workdir), signals.listening() as stopping:  # A signal still ends it while it waits for the lock.
     return go_on(run, workdir, stopping)
 
 
@@ -51,14 +51,14 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
     return 0
   if cluster.is_main():
     workdirs.write_start(run, workdir)
-  for line in report.describe(run):
+  for line in messages.describe(run):
     say(line)
   say(f"resuming at step {start}" if restored else f"starting in {workdir}")
 
   if restored:
     train = TrainState(**restored[1])
   else:
-    train, told = cluster.together(lambda: build.start(run))
+    train, told = cluster.together(lambda: build.first_state(run))
     for line in told:
       say(line)
   step, number = fit(run, train, start, workdir, stopping)
@@ -67,7 +67,7 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
     say(f"stopped by {name} after step {step}, which is saved in {workdir}; the same command goes on from there")
     return 128 + number
   if cluster.is_main():
-    for line in report.summary(config, log.read_rows(workdir / "metrics.jsonl")):
+    for line in messages.summary(config, log.read_rows(workdir / "metrics.jsonl")):
       say(line)
     for name in workdirs.WRITTEN:
       if (workdir / name).exists():
@@ -95,7 +95,7 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
     if start == 0:
       page.write(train, 0, evaluate(run, writer, train, 0, workdir))
       if config.get("guard") and not checkpoint.steps(workdir / "checkpoints"):
-        checkpoint.save(saver, 0, train._asdict())  # which may turn out to be the best
+        checkpoint.save(saver, 0, train._asdict())  # the start may turn out to be the best
     clock = log.Clock(start, config.batch_size)
     batches = workdirs.noting_skipped(run.batches(start), run.train_set, workdir)
     for step in range(start + 1, run.last_step + 1):
@@ -116,13 +116,13 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
         jax.block_until_ready(train)
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
-      cli.live(functools.partial(report.underway, run, step, clock.rate_now(step)))
+      cli.live(functools.partial(messages.underway, run, step, clock.rate_now(step)))
 
       number = stopping()
       ends = number or step == run.last_step
       evaluates = step % (config.eval_every_epochs * run.steps_per_epoch) == 0 or step == run.last_step
       if ends or evaluates or step % config.checkpoint_every_steps == 0:
-        # First, so that no row is lost and nothing bad is saved.
+        # Before saving: it raises where a number is not finite, and no row is lost.
         log.write_steps(run, writer, clock, waiting, train)
         drawn = evaluate(run, writer, train, step, workdir) if evaluates else None
         if step == run.last_step and cluster.is_main():
@@ -140,9 +140,9 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
 
 
 def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, step: int, workdir: pathlib.Path) -> Any:
-  """Writes the row of an evaluation, and pictures/<step>.png, where the method has some; returns these or None."""
+  """Evaluates and writes the row, and pictures/<step>.png where the method has pictures; returns these or None."""
   row = during_training.evaluate(run, train, step)
-  say(f"step {step}/{run.steps}  {report.evaluation(row)}")
+  say(f"step {step}/{run.steps}  {messages.evaluation(row)}")
   if run.config.get("guard"):
     row |= guard.measure(run, train, step, workdir, row.get("knn_top1"))
   writer.write(row)

@@ -10,8 +10,9 @@ import common
 import jax
 import numpy as np
 
-from ssl_jax import build, decide, fit, parallel
+from ssl_jax import build, decide, parallel
 from ssl_jax.data.look import DataFacts
+from ssl_jax.microbatch import step_bytes
 
 
 def program(version, batch, size, microbatch):
@@ -54,7 +55,7 @@ def main():
   for version in args.versions.split(","):
     for microbatch in (None, *args.microbatches):
       case = version, args.batch, args.size, microbatch
-      estimate = fit.step_bytes(program(*case)[0]) / common.MIB
+      estimate = step_bytes(program(*case)[0]) / common.MIB
       if jax.default_backend() == "cpu":
         _, peak = common.alone(make, (version, 8, 32, None), case)
       else:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ssl_jax import advise, data, decide, fit, flops, methods, models, optim, parallel, training
+from ssl_jax import advise, data, decide, flops, methods, microbatch, models, optim, parallel, training
 from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset, look
@@ -31,7 +31,7 @@ from ssl_jax.run.workdir import Saved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
 
-_GLANCE = 64  # images of a folder that a recipe which leaves nothing open is compared with
+_GLANCE = 64  # images of a folder that are looked at to warn of a recipe that does not suit them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = l
   """
   mesh = parallel.make_mesh()
   device = device_facts(mesh)
-  searches = saved is None and "microbatch" in decide.open_keys(config)
+  searches_microbatch = saved is None and "microbatch" in decide.open_keys(config)
   was_open = decide.is_open(config)
   config, decided = settled(config, device, saved, tell)
   views, eval_view = configs.views(config), configs.eval_view(config)
@@ -165,7 +165,7 @@ def run(config: Any, saved: Saved | None = None, tell: Callable[[str], None] = l
   peak = device_peak and device_peak * mesh.size
   for line in advise.on_device(config, count, device, usable_cores(), peak):
     tell(line)
-  if searches:
+  if searches_microbatch:
     config, made, found = _with_microbatch(config, mesh, batch, steps, steps_per_epoch)
     decided = [*decided, found]
     tell(f"microbatch: {found.reason}")
@@ -237,19 +237,19 @@ def facts_of(config: Any) -> look.DataFacts:
 def _with_microbatch(config, mesh, batch, steps, steps_per_epoch):
   """(the config with the microbatch that fits, its program, whose step is compiled already, the decision)."""
 
-  def compile_with(microbatch):
+  def compile_with(size):
     tried = decide.plain(config)
-    tried.microbatch = microbatch
+    tried.microbatch = size
     made = program(tried, mesh, steps, steps_per_epoch)
     return (tried, made), made.train_step.trace(made.state, batch).lower().compile()
 
   group = config.method.get("bn_group_size") or config.encoder.get("bn_group_size") or 1
-  found = fit.microbatch(compile_with, config.batch_size, group * mesh.size, fit.memory_of(mesh))
-  ((config, made), compiled), decision = found
-  return config, dataclasses.replace(made, train_step=compiled), decision
+  memory = microbatch.memory_of(mesh)
+  ((fitting, made), compiled), decision = microbatch.search(compile_with, config.batch_size, group * mesh.size, memory)
+  return fitting, dataclasses.replace(made, train_step=compiled), decision
 
 
-def start(run: Run) -> tuple[TrainState, list[str]]:
+def first_state(run: Run) -> tuple[TrainState, list[str]]:
   """(the state before the first step, what was put into it in lines for people): see `init_from` of the config."""
   if not run.config.get("init_from"):
     return run.init(), []

@@ -59,14 +59,14 @@ def open_keys(config: Any) -> list[str]:
 
 
 def is_open(config: Any) -> bool:
-  """Whether a recipe leaves anything open, or did before a key of a view was given."""
+  """Whether a recipe leaves anything open, or did so until a flag set a key of a view (which then is a text)."""
   return bool(open_keys(config)) or any(
     _literal(*item) is not item[1] for view in config.views for item in view.items()
   )
 
 
 def plain(config: Any) -> Any:
-  """A copy of plain values, its views too; what was given to an open key of a view, a text to the flags, is read."""
+  """A copy of plain values, its views too. Flags give the open keys of views as texts: here these are parsed."""
   copied = ml_collections.ConfigDict(config.to_dict())
   copied.views = tuple({key: _literal(key, value) for key, value in view.items()} for view in copied.views)
   return copied
@@ -118,7 +118,7 @@ def decide(data: DataFacts, device: DeviceFacts, config: Any) -> tuple[Any, list
 def _images(data, device, config, settle):
   settle(r"data\.channels", lambda key: (data.channels, _of_channels(data)))
   measured = f"measured on {len(data.sizes):,} images"
-  # A channel of its own choice may have been given: then colours are made grey, or grey repeated.
+  # The user may have set another number of channels than was measured: colours are made grey then, or grey repeated.
   count, (mean, std) = config.data.channels, (data.mean, data.std)
   if len(mean) != count:
     mean, std = ((sum(x) / len(x),) * count for x in (mean, std))
@@ -159,8 +159,8 @@ def _views(data, device, config, settle):
       size = max(1, size // patch) * patch
     return size, "3/7 of the whole view, as 96 is of 224"
 
-  for names, choose in ((False, whole), (True, local)):
-    numbers = [i for i, view in enumerate(config.views) if _is_local(view) == names]
+  for is_local, choose in ((False, whole), (True, local)):
+    numbers = [i for i, view in enumerate(config.views) if _is_local(view) == is_local]
     settle(rf"views\[({'|'.join(map(str, numbers)) or 'none'})\]\.size", choose)
   size = config.views[0]["size"]
 
@@ -224,9 +224,7 @@ def _batch(data, device, config, settle):
     size = max(size // parts, 1) * parts
     if size > data.images:
       raise UserError(f"{data.images:,} images are fewer than one for each of the {parts} devices: use fewer devices.")
-    why = (
-      f"enough for {device.words}" if size == largest else f"{data.images // size} steps in each round of the images"
-    )
+    why = f"enough for {device.words}" if size == largest else f"{data.images // size} steps per epoch"
     return size, why
 
   settle(r"batch_size", batch)
@@ -238,8 +236,8 @@ def _batch(data, device, config, settle):
   settle(r"method\.bn_group_size", lambda key: (half, "keys are shuffled between groups: there must be several"))
 
   def queue(key):
-    length = 2 ** int(math.log2(max(data.images / 3, config.batch_size)))
-    return min(length, 65_536), "keys of at most a third of the images: a longer one holds the query's own"
+    length = min(65_536, 2 ** int(math.log2(max(data.images / 3, config.batch_size))))
+    return length, "keys of at most a third of the images: a longer queue would hold keys of the query's own image"
 
   settle(r"method\.queue_size", queue)
 
@@ -249,13 +247,15 @@ def _length(data, device, config, settle):
 
   def epochs(key):
     count = min(most, max(1, round(budget / data.images)))
-    why = "at most" if count == most else "one at least" if budget < data.images else f"some {budget:,} images seen on"
-    return count, f"{why} {device.words}" if count != most else f"more than {most} rounds of few images help little"
+    if count == most:
+      return count, f"more than {most} rounds of few images help little"
+    why = "at least one" if budget < data.images else f"some {budget:,} images seen"
+    return count, f"{why} on {device.words}"
 
   steps_per_epoch = max(1, data.images // config.batch_size)
   given = config.get("steps")
   if given and config.epochs == AUTO:
-    put(config, "epochs", math.ceil(given / steps_per_epoch))  # which nothing reads: no decision
+    put(config, "epochs", math.ceil(given / steps_per_epoch))  # unused where `steps` is given, so no decision
   settle(r"epochs", epochs)
   steps = given or config.epochs * steps_per_epoch
   length = steps / steps_per_epoch

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 _ROWS = 256  # of the Gram matrix: enough to detect collapse, at negligible cost
-# Below these a batch of embeddings has collapsed: random ones have about 1, and about min(rows, d). A healthy ViT may
-# start at a rank of 1.6.
+# Below these a batch of embeddings counts as collapsed. Random ones have a standard deviation of about 1 and a rank of
+# about min(rows, d); a healthy ViT may start at a rank of 1.6.
 COLLAPSED_STD, COLLAPSED_RANK = 0.1, 1.1
 UNIFORM_TEACHER, ONE_PROTOTYPE = 0.995, 0.1  # entropies as shares of log K
 

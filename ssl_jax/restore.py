@@ -162,7 +162,7 @@ def restore_run(workdir: str | os.PathLike, step: int | None = None) -> Restored
     raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}.")
   resolved = read_resolved(workdir)
   config.data.window = config.data.get("window") or resolved.get("window")  # as the run measured it
-  # Schedules end at `steps`, which no evaluation sees: runs that did not write it are as long as they came.
+  # Evaluation does not depend on where schedules end: for older runs, which did not write it, the step will do.
   steps = resolved.get("steps", max(step, 1))
   method, encoder = build.method_of(config, steps, resolved.get("steps_per_epoch", steps))
   init = training.make_init(method, optax.identity(), configs.views(config), config.data.channels, config.seed)

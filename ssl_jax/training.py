@@ -35,7 +35,7 @@ def make_init(
   channels: int,
   seed: int,
 ) -> Callable[[], TrainState]:
-  """Returns `() -> TrainState`; the views of one black image tell the shapes."""
+  """Returns `() -> TrainState`; views of one black image give the shapes."""
   shape = 1, views[0].size, views[0].size, channels
 
   def init():
@@ -71,7 +71,7 @@ def make_step(
   microbatch: int | None = None,
 ) -> Step:
   """Returns the training step; `microbatch` is how many images of the global batch are encoded at once, None: all."""
-  optimizer = optax.with_extra_args_support(optimizer)  # some look at the loss
+  optimizer = optax.with_extra_args_support(optimizer)  # some optimizers take the loss
 
   def gradient(train, batch):
     step, params, state, _ = train
@@ -133,7 +133,7 @@ def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Any:
 
   mapped = jax.shard_map(averaged_gradient, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(specs, P()), check_vma=False)
 
-  def whole(train, batch):
+  def train_step(train, batch):
     return step.update(train, *mapped(train._replace(opt_state=()), batch))
 
-  return jax.jit(whole, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))

@@ -31,7 +31,7 @@ from runs import (
   wait_for_step,
 )
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster, log
+from ssl_jax.run import cluster, log, signals
 
 SLOW = pytest.mark.slow
 
@@ -362,7 +362,7 @@ def flat(tree, prefix=""):
 
 def test_the_first_ctrl_c_asks_the_run_to_save_and_the_second_ends_it(capsys):
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-  with cluster.listening_for_signals() as stopping:
+  with signals.listening() as stopping:
     assert stopping() == 0
     signal.raise_signal(signal.SIGINT)
     assert stopping() == signal.SIGINT and "Ctrl-C once more ends at once" in capsys.readouterr().out
@@ -371,7 +371,7 @@ def test_the_first_ctrl_c_asks_the_run_to_save_and_the_second_ends_it(capsys):
   assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))  # a notebook keeps its own
 
   def in_a_thread():
-    with cluster.listening_for_signals() as stopping:
+    with signals.listening() as stopping:
       return stopping()
 
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # as in a notebook

@@ -22,7 +22,7 @@ from photographs import photograph
 
 import train
 from runs import assert_same_run
-from ssl_jax import advise, build, decide, fit, restore
+from ssl_jax import advise, build, decide, microbatch, restore
 from ssl_jax import config as configs
 from ssl_jax.data import folder, look
 from ssl_jax.errors import UserError
@@ -105,7 +105,7 @@ def test_what_is_given_by_its_key_stays_and_the_rest_follows_it():
 def test_the_length_of_a_run_is_that_of_its_steps_where_they_are_given():
   config = recipe("own_images")
   config.steps = 3
-  got, made = decide.decide(facts(), CPU, config)  # 23 steps in each round of the images
+  got, made = decide.decide(facts(), CPU, config)  # 23 steps per epoch
   configs.check_values(got)
   reasons = {key: reason for key, _, reason in made}
   assert "epochs" not in reasons and got.epochs == 1 and got.lr.warmup_epochs == pytest.approx(0.3 / 23, abs=0.005)
@@ -207,7 +207,7 @@ def test_a_resumed_run_decides_nothing_again_and_equals_an_unbroken_one(tmp_path
 
   monkeypatch.setattr(decide, "decide", never)
   monkeypatch.setattr(look, "look_at_files", never)
-  monkeypatch.setattr(fit, "microbatch", never)
+  monkeypatch.setattr(microbatch, "search", never)
   capsys.readouterr()
   assert start(root, tmp_path / "parts") == 0
   assert "the shorter side of most images is 36" in capsys.readouterr().out
@@ -236,8 +236,8 @@ class Compiled:
   [
     (None, 4, None, "a memory that is not known"),
     (10_000, 4, None, "the whole batch at once"),
-    (800 / fit.SHARE, 4, 8, "twice as many do not fit"),
-    (799 / fit.SHARE, 4, 4, "twice as many do not fit"),
+    (800 / microbatch.SHARE, 4, 8, "twice as many do not fit"),
+    (799 / microbatch.SHARE, 4, 4, "twice as many do not fit"),
     (100, 4, 4, "no fewer than"),
     (100, 16, 16, "no fewer than"),
   ],
@@ -249,7 +249,7 @@ def test_the_microbatch_is_halved_until_the_step_fits(memory, unit, want, words)
     tried.append(microbatch)
     return microbatch, Compiled(100 * (microbatch or 32))
 
-  made, (key, value, reason) = fit.microbatch(compile_with, 32, unit, memory)
+  made, (key, value, reason) = microbatch.search(compile_with, 32, unit, memory)
   assert made[0] == value == want and key == "microbatch" and words in reason
   assert tried == [None, 16, 8, 4][: len(tried)]  # nothing is compiled twice, or after one that fits
 

@@ -18,9 +18,9 @@ from trajectories import error, named_variables
 
 from ssl_jax import augment, build, convert, models, optim, parallel
 from ssl_jax.augment import View
+from ssl_jax.block_masks import most_masked
 from ssl_jax.errors import UserError
 from ssl_jax.losses import distillation_loss, ibot_loss, koleo_loss
-from ssl_jax.masks import most_masked
 from ssl_jax.methods import dinov2
 from ssl_jax.methods.base import Context, constant_momentum
 from ssl_jax.models import heads, vit

@@ -24,7 +24,7 @@ from ssl_jax.data.memory import InMemory
 from ssl_jax.data.stream import Streamed
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Aux
-from ssl_jax.run import log, report
+from ssl_jax.run import log, messages
 
 flags.FLAGS.mark_as_parsed()  # eval_knn's
 
@@ -160,7 +160,7 @@ def test_images_of_other_channels_take_what_is_defined_for_them(tmp_path):
   config = small_config(**{"data.folder": str(tmp_path), "data.split": "train", "data.channels": 2, "batch_size": 8})
   config.steps, config.stop_after_steps = 9, 2
   run = build.run(config)
-  assert "2 channels: colour jitter and grayscale are left out" in "".join(report.describe(run))
+  assert "2 channels: colour jitter and grayscale are left out" in "".join(messages.describe(run))
   assert run.state.params["encoder"]["conv1"]["kernel"].shape[2] == 2
   batch = next(run.batches(0))
   assert batch["image"][0].shape == (8, 2, 28, 28, 2)
@@ -235,9 +235,9 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
 def test_more_neighbours_than_the_bank_has_are_told_in_a_line(photographs):
   config = folder_config(photographs, **{"knn.k": 25})
   run = build.run(config)
-  assert "knn.k=25 is more than the 24 images of the bank: all of them vote" in report.describe(run)
+  assert "knn.k=25 is more than the 24 images of the bank: all of them vote" in messages.describe(run)
   config.data.test_split = "none"
-  lines = report.describe(build.run(config))
+  lines = messages.describe(build.run(config))
   assert "data.test_split='none' names no images of classes that it trains on: the online k-NN is off" in lines
 
 
@@ -295,11 +295,11 @@ def test_classes_that_only_the_test_set_has_stop_no_run(photographs):
   (photographs / "val" / "b").rename(photographs / "val" / "z")
   run = build.run(folder_config(photographs))
   assert run.test_set.labels.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
-  assert "val: 4 of classes that 'train' has not (z): evaluation leaves them out" in report.describe(run)
+  assert "val: 4 of classes that 'train' has not (z): evaluation leaves them out" in messages.describe(run)
   (photographs / "val" / "a").rename(photographs / "val" / "y")
   run = build.run(folder_config(photographs))
   assert run.test_set is None
-  assert any("names no images of classes that it trains on" in line for line in report.describe(run))
+  assert any("names no images of classes that it trains on" in line for line in messages.describe(run))
 
 
 def test_copies_and_images_of_one_colour_are_told_at_the_start(tmp_path):

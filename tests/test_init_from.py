@@ -40,7 +40,7 @@ COUNTING = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
 
 
 def fake_run(config):
-  """What `build.start` looks at, with a state of random numbers in place of a compiled init."""
+  """What `build.first_state` looks at, with a state of random numbers in place of a compiled init."""
   method, encoder = build.method_of(config, 100, 10)
   init = training.make_init(method, optax.adamw(1e-3), configs.views(config), config.data.channels, 0)
   shapes, rng = jax.eval_shape(init), np.random.default_rng(0)
@@ -75,7 +75,7 @@ def test_every_encoder_of_a_method_starts_with_the_weights_and_nothing_else_chan
   variables = jax.tree.map(lambda x: x + 1, run.method.encoder(before.params, before.state))
   safetensors.numpy.save_file(layouts.whole_state(run.encoder, variables), tmp_path / "x.safetensors")
   run.config.init_from = str(tmp_path / "x.safetensors")
-  after, told = build.start(run)
+  after, told = build.first_state(run)
   for params, stats in ENCODERS[name]:
     assert same({part: at(after, params)[part] for part in variables["params"]}, variables["params"]), params
     assert stats is None or same(at(after, stats), variables["batch_stats"]), stats
@@ -88,7 +88,7 @@ def test_every_encoder_of_a_method_starts_with_the_weights_and_nothing_else_chan
 
 def test_without_weights_a_run_starts_as_it_did():
   run = fake_run(recipe("mae_quickstart"))
-  assert build.start(run) == (run.init(), [])
+  assert build.first_state(run) == (run.init(), [])
 
 
 def test_weights_of_another_image_size_and_other_channels_are_made_to_fit(tmp_path):
@@ -98,7 +98,7 @@ def test_weights_of_another_image_size_and_other_channels_are_made_to_fit(tmp_pa
   variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
   safetensors.numpy.save_file(layouts.whole_state(other, variables), tmp_path / "x.safetensors")
   run.config.init_from = str(tmp_path / "x.safetensors")
-  after, told = build.start(run)
+  after, told = build.first_state(run)
   assert {"channels: 3 made into 1 by timm's rule", "positions: interpolated from 8x8 to 4x4 patches"} <= set(told)
   np.testing.assert_allclose(after.params["encoder"]["pos_embed"], 1, rtol=1e-5)
   np.testing.assert_array_equal(after.state.teacher_params["encoder"]["patch_embed"]["proj"]["kernel"], 3)
@@ -106,7 +106,7 @@ def test_weights_of_another_image_size_and_other_channels_are_made_to_fit(tmp_pa
 
 def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
   run, there = fake_run(small_config(init_from=str(unbroken[0]))), restore.restore_run(unbroken[0])
-  before, (after, told) = run.init(), build.start(run)
+  before, (after, told) = run.init(), build.first_state(run)
   assert same(after.params, there.params) and same(after.state, there.state)
   assert same((after.step, after.opt_state), (before.step, before.opt_state))
   assert f"step 20 of {unbroken[0]}, a run of the same method: params.encoder, params.projector" in told[0]
@@ -114,7 +114,7 @@ def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
   with pytest.raises(
     UserError, match=r"params\.projector\.linear2\.kernel: there \(16, 8\), here \(16, 4\).*export it"
   ):
-    build.start(run)
+    build.first_state(run)
 
 
 def test_moments_are_taken_along_where_that_is_asked_and_schedules_begin_anew(unbroken):
@@ -124,17 +124,17 @@ def test_moments_are_taken_along_where_that_is_asked_and_schedules_begin_anew(un
   params = restore.restore_run(unbroken[0]).params
   begun = run.init()._replace(opt_state=optimizer.init(params))
   run.init = lambda: begun
-  after, told = build.start(run)
+  after, told = build.first_state(run)
   assert told[-1] == "the optimizer's moments too; schedules begin anew"
   adams, schedules = ([nodes(state, kind)[0] for state in (after.opt_state, there)] for kind in COUNTING)
   assert same(*adams) and adams[0].count == 20 and any(x.any() for x in jax.tree.leaves(adams[0].mu))
   assert [x.count for x in schedules] == [0, 20]
   run.init = lambda: begun._replace(opt_state=optax.sgd(1e-3, momentum=0.9).init(params))
   with pytest.raises(UserError, match=r"has other moments.*Leave init_optimizer out"):
-    build.start(run)
+    build.first_state(run)
   config.init_from = "weights.pth"
   with pytest.raises(UserError, match=r"for a run of the same method, and init_from=weights\.pth is none"):
-    build.start(run)
+    build.first_state(run)
 
 
 def test_a_run_of_another_method_gives_its_encoder(unbroken):
@@ -142,7 +142,7 @@ def test_a_run_of_another_method_gives_its_encoder(unbroken):
   config.encoder.width = 0.125
   config.init_from = str(unbroken[0])
   run, there = fake_run(config), restore.restore_encoder(unbroken[0])
-  after, _ = build.start(run)
+  after, _ = build.first_state(run)
   assert same(after.params["encoder"], there.variables["params"])
   assert same(after.state.target_params["encoder"], there.variables["params"])
 

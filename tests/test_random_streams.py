@@ -7,8 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ssl_jax import augment, data, rand_augment, random_streams
-from ssl_jax import masks as block_masks
+from ssl_jax import augment, block_masks, data, rand_augment, random_streams
 from ssl_jax.data import crop
 from ssl_jax.methods import dino, mae, moco
 from ssl_jax.methods.base import constant_momentum

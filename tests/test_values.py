@@ -24,7 +24,7 @@ from ssl_jax.commands import check, prepare
 from ssl_jax.data import image, stream
 from ssl_jax.data.image import ImageError, read_image, value_range
 from ssl_jax.errors import UserError
-from ssl_jax.run import report
+from ssl_jax.run import messages
 from ssl_jax.run import workdir as workdirs
 
 
@@ -67,7 +67,7 @@ def test_wide_values_are_read_through_one_window_of_the_data_set(tmp_path, name,
   whole, half = run.train_set.original(1), run.train_set.original(0)
   assert len(np.unique(whole)) == 256 and whole.min() == 0 and whole.max() == 255
   assert half.max() in (127, 128) and np.array_equal(half, run.test_set.original(0))
-  assert any(f"values from {low:g} to {high:g} are read as 0 to 255 (measured on" in x for x in report.describe(run))
+  assert any(f"values from {low:g} to {high:g} are read as 0 to 255 (measured on" in x for x in messages.describe(run))
   config.data.window = (low, middle)
   given = build.dataset(config, "train")
   assert given.original(0).max() == 255 == given.original(1).max() and len(np.unique(given.original(0))) == 256
@@ -141,7 +141,7 @@ except image.ImageError as error:
 """
   command = [sys.executable, "-c", code, pathlib.Path(image.__file__).parent, tmp_path / "x.tif"]
   told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-  assert told.startswith("its compression needs a package more: pip install imagecodecs")
+  assert told.startswith("its compression needs one more package: pip install imagecodecs")
 
 
 @pytest.mark.parametrize("dtype, window", [(np.uint8, None), (np.uint16, (0, 65535)), (np.float32, None)])

@@ -28,7 +28,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluation import judge
 from ssl_jax.evaluation.accuracy import LARGEST
 from ssl_jax.evaluation.features import Extractor, reading
-from ssl_jax.run import cli, cluster, plots, report
+from ssl_jax.run import cli, cluster, messages, plots
 from ssl_jax.run.cli import say
 
 SPLIT = flags.DEFINE_string("split", None, "the images; by default what the run trained on")
@@ -87,7 +87,7 @@ def look() -> int:
 def tell(figures: dict[str, float | int], prefix: str, name: str, found: dict[str, float]) -> None:
   """Adds what was measured to the figures, and says it in a line."""
   figures |= {f"{prefix}{key}": value for key, value in found.items()}
-  say(f"{name:<20}{report.in_words(found)}")
+  say(f"{name:<20}{messages.in_words(found)}")
 
 
 def main() -> None:

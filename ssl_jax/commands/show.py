@@ -1,12 +1,12 @@
-"""Draws views of a recipe's first batch exactly as the network gets them, colours put back.
+"""Draws views of a recipe's first batch exactly as the network gets them, but for the normalisation, which is undone.
 
   python -m ssl_jax show --config=configs/dino_imagenet.py --config.data.folder=DIR --out=views.png [--images=6]
 
-One row an image: the picture as it is, then a column a view, headed by what the recipe does to it.
+One row per image: the picture as it is, then one column per view, headed by what the recipe does to it.
 
   --config=FILE        the recipe; --config.KEY=VALUE sets any of its keys
   --out=views.png      the picture
-  --images=6           how many images of the batch, one a row
+  --images=6           how many images of the batch, one per row
 """
 
 import pathlib
@@ -37,7 +37,7 @@ def first_views(config, dataset: data.Dataset, count: int) -> tuple[list[np.ndar
     Images uint8 [H, W, C], `count` of them; and for each view float32 [count, size, size, C], as the network gets it.
   """
   views = configs.views(config)
-  batch_size = min(config.batch_size, len(dataset))  # A look needs no whole batch.
+  batch_size = min(config.batch_size, len(dataset))  # The data set may be smaller than a batch.
   order = data.batch_indices(len(dataset), batch_size, config.seed, 0)[:count]
   examples = [dataset.example(int(i), views, (config.seed, 0, j)) for j, i in enumerate(order)]
   images = jax.tree.map(lambda *parts: np.stack(parts), *(example["image"] for example in examples))
@@ -98,7 +98,7 @@ def main() -> None:
     return
   recipe = config_flags.DEFINE_config_file("config", None, "the recipe")
   out = flags.DEFINE_string("out", "views.png", "the picture")
-  images = flags.DEFINE_integer("images", 6, "how many images of the batch, one a row", lower_bound=1)
+  images = flags.DEFINE_integer("images", 6, "how many images of the batch, one per row", lower_bound=1)
 
   def start():
     if recipe.value is None:

@@ -1,4 +1,7 @@
-"""A folder of images, read in place: into one array where they fit and are of one size, one by one otherwise."""
+"""A folder of images, read in place: into one array where they fit and are of one size, one by one otherwise.
+
+What is read one by one, and what takes the place of a file that cannot be read, is in `data.stream`.
+"""
 
 import collections
 import dataclasses

@@ -78,7 +78,8 @@ _in_flight, _room = [0], threading.Condition()
 def taking_turns() -> Iterator[None]:
   """What this thread decodes inside waits until it and what other threads have in flight fit in a bounded memory.
 
-  It is one image of `MAX_PIXELS`, or many small ones. A decoded image counts until the block ends, or reads another.
+  The bound is the size of one image of `MAX_PIXELS`. A decoded image counts until its thread leaves the block or reads
+  the next one.
   """
   _turns.on = True
   try:
@@ -212,7 +213,7 @@ def _reading(source):
   _muted.on = True
   try:
     if not isinstance(source, bytes) and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-      raise ImageError("not a file")  # A pipe would be waited for, for ever.
+      raise ImageError("not a file")  # Opening a named pipe would block for ever.
     with io.BytesIO(source) if isinstance(source, bytes) else open(path, "rb") as file:
       yield file
   except ImageError:
@@ -224,7 +225,7 @@ def _reading(source):
       raise ImageError(error.strerror.lower()) from error
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     if "requires the 'imagecodecs' package" in reason:
-      raise ImageError(f"its compression needs a package more: pip install imagecodecs ({reason})") from error
+      raise ImageError(f"its compression needs one more package: pip install imagecodecs ({reason})") from error
     raise ImageError(f"truncated, damaged or of an unknown kind ({reason})") from error
   finally:
     _muted.on = False
@@ -256,7 +257,7 @@ def as_pixels(image: Any, channels: int) -> np.ndarray:
 
 
 def _kind(file: BinaryIO) -> tuple[Any, bytes]:
-  """The reader of Pillow's, None for NPY, and the first bytes."""
+  """Pillow's reader class, None for NPY, and the first bytes."""
   start = file.read(32)
   file.seek(0)
   if not start:
@@ -300,7 +301,7 @@ def _decode(file: BinaryIO, channels: int, least: float, window: Window | None) 
   if wide:
     return _as_pixels(_bands(file), channels, window)
   width, height = image.size
-  if reader is JpegImageFile:  # With shorter sides the reduced size would not determine n.
+  if reader is JpegImageFile:  # On smaller images two reductions could give the same size.
     fits = (n for n in (8, 4, 2) if -(-width // n) * -(-height // n) >= least and min(image.size) > n * n)
     if parts := next(fits, None):
       image.draft(None, (width // parts, height // parts))
@@ -325,7 +326,7 @@ def _decode(file: BinaryIO, channels: int, least: float, window: Window | None) 
     pixels = _grey(image, 1 if channels == 3 else channels, window)
     pixels = np.repeat(pixels, 3, axis=-1) if channels == 3 else pixels
   else:
-    # Pillow has inverted it, as if the marker were there.
+    # Pillow inverts a CMYK JPEG even where it has no Adobe marker: that is undone.
     inverted = image.mode == "CMYK" and reader is JpegImageFile and "adobe" not in image.info
     pixels = np.empty((image.height, image.width, channels), np.uint8)
     for top, strip in _strips(image):
@@ -383,7 +384,7 @@ def _colours(image, channels, inverted):
 
 
 def _turned(pixels, turn, size):
-  """The pixels upright, and the height and width of the whole image, whose own ones `size` are; None: the pixels'."""
+  """The pixels upright, and height and width of the upright image; `size` is before turning, None: the pixels'."""
   if turn in (5, 6, 7, 8):
     pixels, size = pixels.swapaxes(0, 1), size and size[::-1]
   if turn in (2, 3, 6, 7):

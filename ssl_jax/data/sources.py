@@ -117,7 +117,7 @@ def folder_source(root: pathlib.Path) -> Source:
       shown, path = f"{split}/{name}" if roots[split] != root else name, roots[split] / name
       try:
         if path.exists() and not path.is_file():
-          raise OSError("not a file")  # A pipe would be waited for, for ever.
+          raise OSError("not a file")  # Opening a named pipe would block for ever.
         yield check_image(shown, path.read_bytes(), label)
       except OSError as error:
         yield Item(shown, None, label, (error.strerror or str(error)).lower())
@@ -175,7 +175,7 @@ def cifar_source(name: str, source: pathlib.Path) -> Source:
     try:
       with tarfile.open(path) as tar:
         content = tar.extractfile(f"{inside}/{file}")
-        return load_pickle(content)  # None, which means a folder, is an error too.
+        return load_pickle(content)  # extractfile gives None for a folder, which ends in the except below too.
     except Exception as error:  # A damaged pickle can raise any exception.
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
       raise UserError(
@@ -299,7 +299,7 @@ def members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
       block = handle.read(tarfile.BLOCKSIZE)
   except tarfile.TarError as error:
     raise UserError(f"{path} is damaged, or no tar file ({error}): copy or download it again.") from error
-  if block != bytes(tarfile.BLOCKSIZE):  # TarFile takes all that is no header for the end.
+  if block != bytes(tarfile.BLOCKSIZE):  # TarFile takes any block that is not a header for the end.
     state = "ends early" if len(block) < tarfile.BLOCKSIZE else "is damaged"
     raise UserError(f"{path} {state}, after {last}: copy or download it again.")
 

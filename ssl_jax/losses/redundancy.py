@@ -78,7 +78,8 @@ def barlow_twins_loss(
     z1: float [N, d], embeddings of the first views, not normalised.
     z2: float [N, d], embeddings of the second views: row i is of the image of row i of `z1`.
     off_diagonal: lambda.
-    eps: added to the biased variance, as in the batch norm of the official code; > 0 for features that are constant.
+    eps: added to the biased variance, as in the batch norm of the official code; it must be positive where a feature
+      may be constant.
     axis_name: mapped axis over which the batch is split; means, variances and correlations are then those of the global
       batch.
 

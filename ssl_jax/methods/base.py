@@ -186,7 +186,7 @@ class MakeEncoder(Protocol):
 
 
 def check_aux(aux: Any, batch_size: int) -> None:
-  """Raises TypeError, in words, unless a loss's second output is an Aux as the training step needs it."""
+  """Raises TypeError unless a loss's second output is an Aux as the training step needs it."""
   if not isinstance(aux, Aux):
     raise TypeError(f"a method's loss must return (scalar, Aux), got {type(aux).__name__} in place of the Aux.")
   shapes = {name: jnp.shape(x) for name, x in aux.metrics.items()}
@@ -199,7 +199,7 @@ def check_aux(aux: Any, batch_size: int) -> None:
 
 
 def check_update(new: Any, old: Any) -> None:
-  """Raises TypeError, in words, unless a method's update returns a state like the one that it was given."""
+  """Raises TypeError unless a method's update returns a state like the one that it was given."""
   kinds = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x).name), state) for state in (new, old)]
   if kinds[0] != kinds[1]:
     raise TypeError(f"a method's update must return a state like the one it was given: {kinds[1]}, got {kinds[0]}.")
@@ -238,7 +238,7 @@ def constant_momentum(m: float) -> Momentum:
     m: in [0, 1].
 
   Raises:
-    ValueError: m is not in [0, 1].
+    UserError: m is not in [0, 1].
   """
   _check_momentum(m)
   return Momentum(optax.constant_schedule(1 - m))
@@ -254,7 +254,8 @@ def cosine_momentum(first: float, steps: int) -> Momentum:
     steps: T, at least 1.
 
   Raises:
-    ValueError: m0 is not in [0, 1], or T is below 1.
+    UserError: m0 is not in [0, 1].
+    ValueError: T is below 1.
   """
   _check_momentum(first)
   return Momentum(optax.cosine_decay_schedule(1 - first, steps))  # optax checks T

@@ -19,9 +19,9 @@ from flax import struct
 from jax import lax
 
 from ssl_jax import random_streams
+from ssl_jax.block_masks import draw_masks, global_rank, most_masked
 from ssl_jax.errors import UserError
 from ssl_jax.losses import dino_center, distillation_loss, ibot_loss, koleo_loss, sinkhorn_knopp
-from ssl_jax.masks import draw_masks, global_rank, most_masked
 from ssl_jax.methods.base import (
   Aux,
   Context,
@@ -80,7 +80,7 @@ def dinov2(
     patch_head: of the patches; None: they share `head`.
     teacher_temperature: per step.
     teacher_momentum: m, the weight of the teacher in its own average.
-    sinkhorn: targets by `sinkhorn_knopp` in place of a softmax of the logits less their centre.
+    sinkhorn: targets by `sinkhorn_knopp` in place of a softmax of the logits minus their centre.
     student_temperature, center_momentum: of the losses and of `dino_center`.
     patch_weight, koleo_weight: of the second and third term.
     mask_share, mask_ratios: see `draw_masks`.
@@ -204,9 +204,9 @@ def dinov2(
 def kept_paths(keys: jax.Array, encoder: ViT, views: Sequence[int], axis_name: str | None) -> list[jax.Array | None]:
   """What each branch of each block is multiplied with: float [v, b, depth, 2] for each resolution's v crops.
 
-  Of the n = v B crops of a resolution in the global batch, a random max(int(n (1 - rate)), 1) keep a branch, which then
-  counts n over that number: `drop_add_residual_stochastic_depth_list` in layers/block.py. The official code draws among
-  the crops of a device, and computes a branch for those alone.
+  Of the n = v B crops of a resolution in the global batch, a random max(int(n (1 - rate)), 1) keep a branch, whose
+  output is then multiplied by n over that number: `drop_add_residual_stochastic_depth_list` in layers/block.py. The
+  official code draws among the crops of a device, and computes a branch for those alone.
   """
   if not encoder.drop_path:
     return [None] * len(views)
@@ -231,13 +231,13 @@ def principal_components(x: jax.Array, count: int) -> jax.Array:
   centred = x - jnp.mean(x, axis=(0, 1), keepdims=True)
   with jax.default_matmul_precision("highest"):
     _, axes = jnp.linalg.eigh(jnp.einsum("npd,npe->de", centred, centred))
-    axes = axes[:, ::-1][:, :count]  # eigenvalues rise
+    axes = axes[:, ::-1][:, :count]  # eigh sorts the eigenvalues in ascending order
     largest = jnp.argmax(jnp.abs(axes), axis=0, keepdims=True)
     return centred @ (axes * jnp.sign(jnp.take_along_axis(axes, largest, axis=0)))
 
 
 def _mean_of_masked(logits, weights, axis_name):
-  """The mean of [U, K] over what is no padding, on all devices."""
+  """The mean of [U, K] over the rows that are not padding, on all devices."""
   real = weights[:, None] != 0
   total, count = jnp.sum(jnp.where(real, _wide(logits), 0), axis=0), jnp.sum(real)
   if axis_name is not None:
@@ -284,7 +284,7 @@ def from_config(settings: Any, context: Context) -> Method:
   def teacher_temperature(step):
     return start + (end - start) * jnp.minimum(step / max(warm - 1, 1), 1) if warm else jnp.full((), end)
 
-  wide = jnp.promote_types(context.dtype, jnp.float32)  # neighbours may differ by less than half precision tells
+  wide = jnp.promote_types(context.dtype, jnp.float32)  # nearest neighbours can be closer than half precision resolves
   head = functools.partial(DINOHead, train_gain=True, dtype=context.dtype)
   optional = ("center_momentum", "patch_weight", "koleo_weight", "mask_share", "mask_ratios")
   return dinov2(

@@ -1,9 +1,9 @@
 """SimCLR: tell the other view of an image apart from all other images of the batch (Chen et al., 2020, algorithm 1).
 
-Official code: google-research/simclr. Followed where it differs from arXiv:2002.05709: the optimised loss is the sum of
-both directions' means, twice eq. 1 (which matters for the parameters that LARS does not adapt), and the projector ends
-in a batch norm without offset. Both views go through one forward pass, so that batch norm normalises them together.
-Augmentations here are torchvision's; the official ones are TensorFlow's.
+Official code: google-research/simclr, which is followed where it differs from arXiv:2002.05709: the optimised loss is
+the sum of both directions' means, twice eq. 1 (which matters for the parameters that LARS does not adapt), and the
+projector ends in a batch norm without offset. Both views go through one forward pass, so that batch norm normalises
+them together. Augmentations here are torchvision's; the official ones are TensorFlow's.
 """
 
 import functools

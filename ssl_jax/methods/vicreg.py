@@ -1,4 +1,4 @@
-"""VICReg: alike views, varied and uncorrelated features (Bardes et al., 2022, algorithm 1).
+"""VICReg: similar views, varied and uncorrelated features (Bardes et al., 2022, algorithm 1).
 
 arXiv:2105.04906; official code: facebookresearch/vicreg. No negatives, no second network, no predictor: the variance
 term alone keeps the features from becoming one point. Each view has its own forward pass, so that batch norm normalises

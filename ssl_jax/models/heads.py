@@ -188,7 +188,7 @@ class ClassifierNetwork(nn.Module):
     encoder, head: see above.
     blocks: how many of a ViT's last blocks give their class tokens, each through the last norm, oldest first
       (`eval_linear.py` of facebookresearch/dino); None: the head takes the encoder's own output.
-    mean_patches: whether the mean of the last block's patches stands behind these.
+    mean_patches: whether the mean of the last block's patches is appended to these.
     train_encoder: whether training trains the encoder too: its batch norms then use the batch's statistics.
   """
 

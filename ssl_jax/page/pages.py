@@ -19,7 +19,7 @@ from ssl_jax import config as configs
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.errors import UserError
 from ssl_jax.page import drawings, look, words
-from ssl_jax.run import cluster, report
+from ssl_jax.run import cluster, messages
 from ssl_jax.run.cli import say
 from ssl_jax.run.log import read_rows
 from ssl_jax.run.workdir import read_json, read_resolved, write_whole
@@ -106,7 +106,7 @@ def facts(run: Any) -> dict[str, Any]:
       continue
   device = run.mesh.devices.flat[0].device_kind
   return {
-    "described": report.describe(run),
+    "described": messages.describe(run),
     "last_step": run.last_step,
     "chance": run.chance,
     "labelled": run.test_set is not None,

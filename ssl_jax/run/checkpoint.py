@@ -35,7 +35,7 @@ class _Best(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-  """Only `cluster.listening_for_signals` asks JAX about preemption: the steps of old saves would mislead JAX."""
+  """Only `signals.listening` asks JAX about preemption: the steps of old saves would mislead JAX."""
 
   def reached_preemption(self, step: int) -> bool:
     del step

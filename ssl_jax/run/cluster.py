@@ -5,13 +5,11 @@ With a single process everything here is a no-op, or returns that process's own 
 
 import contextlib
 import errno
-import itertools
 import os
 import pathlib
 import re
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -163,38 +161,6 @@ def check_shared(folder: pathlib.Path) -> None:
       f"process {', '.join(blind)} does not see what process 0 writes to {folder}: all processes need one shared "
       "--workdir, such as a network file system."
     )
-
-
-@contextlib.contextmanager
-def listening_for_signals() -> Iterator[Callable[[], int]]:
-  """Gives `stopping()`, which all processes call after each step: the signal on which the run is to end there, or 0.
-
-  With several processes SIGTERM to any one of them is enough. With a single process it is SIGTERM or Ctrl-C, and a
-  second signal ends it at once. Python lets only the main thread listen; in another one the answer is always 0.
-  """
-  if jax.distributed.is_initialized():
-    # JAX stops them at the number after the highest that any process has passed, or at 1 before the first call: if the
-    # numbers were training steps, a run that is resumed from a checkpoint would never reach it.
-    asked = itertools.count(1)
-    yield lambda: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(asked)) else 0
-    return
-  came, before = [0], {}
-
-  def handler(number, frame):
-    del frame
-    came[0] = number
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if number == signal.SIGINT:
-      progress.keep("stopping after this step, and saving; Ctrl-C once more ends at once")
-
-  if threading.current_thread() is threading.main_thread():
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield lambda: came[0]
-  finally:
-    for number, earlier in before.items():  # a notebook's, say
-      signal.signal(number, earlier)
 
 
 def refusal(error: Exception, folder: pathlib.Path | None = None) -> str | None:

@@ -16,7 +16,7 @@ from tensorboardX.proto import event_pb2
 
 from ssl_jax import monitors
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster, report
+from ssl_jax.run import cluster, messages
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
 
@@ -134,7 +134,7 @@ def outlook(run: "Run", step: int, rate: float, now: float) -> list[str]:
   key = "steps" if config.steps else "epochs"
   quarter = max(1, config[key] // 4)
   steps = quarter if config.steps else quarter * run.steps_per_epoch
-  takes = report.format_duration(steps * config.batch_size / rate)
+  takes = messages.format_duration(steps * config.batch_size / rate)
   less = f"; --config.{key}={quarter}, in another --workdir, would take {takes}" if steps < run.steps else ""
   return [f"at this rate it ends at {end}, evaluations aside{less}"]
 
@@ -156,7 +156,7 @@ def write_steps(
   for step, values in jax.device_get(waiting):
     if not all(np.isfinite(value) for value in values.values()):
       writer.write({"step": step, "epoch": step / run.steps_per_epoch, "not_finite": 1})
-      raise UserError(report.nonfinite(step, values, train._asdict()))
+      raise UserError(messages.nonfinite(step, values, train._asdict()))
     if step % config.log_every_steps and step != run.last_step:
       continue
     rate = clock.images_per_second(step)
@@ -166,7 +166,7 @@ def write_steps(
     if run.peak:
       row["mfu"] = run.flops * rate / config.batch_size / run.peak  # model FLOP utilisation
     writer.write(row)
-    say(report.progress(run, row))
+    say(messages.progress(run, row))
     if step >= clock.outlook_from:
       clock.outlook_from = math.inf  # once a start
       for line in outlook(run, step, rate, time.time()):

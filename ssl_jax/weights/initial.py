@@ -70,7 +70,7 @@ def start_from(
     whole = "encoder" in names or kind == "batch_stats"  # DINO's batch statistics are the encoder's alone
     value = given.get((kind, *names[at + 1 :])) if whole else None
     if value is None:
-      short = names if "encoder" in names else names[: 2 if names[0] == "params" else 3]  # of an encoder: a mask token
+      short = names if "encoder" in names else names[: 2 if names[0] == "params" else 3]
       left[".".join(short)] = None
       return leaf
     taken[".".join(names[: at + 1])] = None
@@ -111,7 +111,7 @@ def _whole(run, train, path):
 
 
 def _moments(there, here, path):
-  """An optimizer's state with the moments of another: what averages gradients, not what counts a schedule's steps."""
+  """An optimizer's state with the moments of another: its averages of gradients, without the schedule's step count."""
   old, new = (jax.tree.leaves(x, is_leaf=_averages) for x in (there, here))
   old, mine = ([x for x in nodes if _averages(x)] for nodes in (old, new))
   shapes = [jax.tree.map(lambda x: x.shape, nodes) for nodes in (old, mine)]
@@ -131,7 +131,7 @@ def _averages(node):
 
 def _placed(value, leaf):
   """A value with the type and sharding of a leaf, which may be spread over processes."""
-  value = np.asarray(value).astype(leaf.dtype)  # a copy for each: the step may write over what it is given
+  value = np.asarray(value).astype(leaf.dtype)  # a copy for each leaf, since the step donates its input
   if value.shape != leaf.shape:
     raise UserError(f"init_from has an array of {value.shape} where the recipe has {leaf.shape}.")
   return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])

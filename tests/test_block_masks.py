@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import augment, masks
+from ssl_jax import augment, block_masks
 
 SETTINGS = dict(share=0.5, ratios=(0.1, 0.5))
 
@@ -15,7 +15,7 @@ SETTINGS = dict(share=0.5, ratios=(0.1, 0.5))
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def sample(side, draws, target):
   keys = jax.random.split(jax.random.key(7), draws)
-  return jax.vmap(lambda key: masks.block_mask(key, target, (side, side), side // 2 * side))(keys)
+  return jax.vmap(lambda key: block_masks.block_mask(key, target, (side, side), side // 2 * side))(keys)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def exact(monkeypatch):
     del key, limit
     return (jnp.arange(grid[0] * grid[1]) < target).reshape(grid)
 
-  monkeypatch.setattr(masks, "block_mask", first)
+  monkeypatch.setattr(block_masks, "block_mask", first)
 
 
 def test_half_of_the_crops_have_a_mask_each_with_a_target_from_an_interval_of_its_own(exact):
   b, patches = 40, 14 * 14
   edges = np.linspace(0.1, 0.5, b + 1)
   seen = []
-  draw = jax.jit(functools.partial(masks.draw_masks, grid=(14, 14), **SETTINGS))
+  draw = jax.jit(functools.partial(block_masks.draw_masks, grid=(14, 14), **SETTINGS))
   for step in range(2):
     keys = augment.example_keys(0, jnp.int32(step), jnp.arange(b))
     drawn = np.asarray(draw(keys))
@@ -77,7 +77,7 @@ def test_half_of_the_crops_have_a_mask_each_with_a_target_from_an_interval_of_it
     targets = np.sort(counts[counts > 0])
     assert len(targets) == b  # int(2 b / 2)
     assert np.all(np.floor(patches * edges[:-1]) <= targets) and np.all(targets <= np.floor(patches * edges[1:]))
-    assert targets.sum() <= masks.most_masked(2 * b, 2 * b, patches, **SETTINGS)
+    assert targets.sum() <= block_masks.most_masked(2 * b, 2 * b, patches, **SETTINGS)
     assert abs(np.corrcoef(counts[0], counts[1])[0, 1]) < 0.4  # the crops of an image are masked independently
     assert 0.2 < np.mean(counts[0] > 0) < 0.8
     seen.append(counts)
@@ -87,22 +87,22 @@ def test_half_of_the_crops_have_a_mask_each_with_a_target_from_an_interval_of_it
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_masks_do_not_depend_on_the_number_of_devices(devices, exact):
   keys = augment.example_keys(0, jnp.int32(3), jnp.arange(8))
-  whole = jax.jit(lambda: masks.draw_masks(keys, (6, 6), **SETTINGS))()
-  over = functools.partial(masks.draw_masks, grid=(6, 6), axis_name="batch", **SETTINGS)
+  whole = jax.jit(lambda: block_masks.draw_masks(keys, (6, 6), **SETTINGS))()
+  over = functools.partial(block_masks.draw_masks, grid=(6, 6), axis_name="batch", **SETTINGS)
   parts = jax.jit(jax.vmap(over, axis_name="batch", out_axes=1))(keys.reshape(devices, -1))
   np.testing.assert_array_equal(parts.reshape(whole.shape), whole)
   # A device has room for whatever may fall to it.
-  most = masks.most_masked(16 // devices, 16, 36, **SETTINGS)
+  most = block_masks.most_masked(16 // devices, 16, 36, **SETTINGS)
   assert np.max(np.sum(parts, axis=(0, 2, 3))) <= most <= 16 // devices * 18
 
 
 def test_equal_draws_have_different_ranks_in_the_order_of_the_crops():
   u = jnp.array([[0.5, 0.2, 0.5], [0.2, 0.5, 0.9]])
-  rank, n = masks.global_rank(u, None)
+  rank, n = block_masks.global_rank(u, None)
   assert n == 6
   np.testing.assert_array_equal(rank, [[2, 0, 3], [1, 4, 5]])
 
 
 def test_a_device_has_room_for_the_largest_targets():
-  sizes = [masks.most_masked(crops, of, 196, **SETTINGS) for crops, of in ((64, 64), (128, 128), (2, 64), (1, 2))]
+  sizes = [block_masks.most_masked(crops, of, 196, **SETTINGS) for crops, of in ((64, 64), (128, 128), (2, 64), (1, 2))]
   assert sizes == [1906, 3771, 98 + 95, 98]  # the official code's constants for 32 and 64 images

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from ssl_jax.run import report
+from ssl_jax.run import messages
 
 ROW = dict(step=40, epoch=1.25, loss=2.5, learning_rate=0.003, images_per_second=1600.0)
 
@@ -24,7 +24,7 @@ def test_a_steps_line_tells_what_binds_it_and_how_long_is_left(share, mfu, told)
   run = types.SimpleNamespace(config=config, steps=200, last_step=140, chance=5.541)
   row = ROW | dict(input_share=share) | ({} if mfu is None else {"mfu": mfu})
   want = f"step 40/200  epoch 1.25  loss 2.5000 (chance 5.54)  lr 3.00e-03  {told}"
-  assert report.progress(run, row) == want
+  assert messages.progress(run, row) == want
 
 
 def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():
@@ -38,7 +38,7 @@ def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():
     {"loss": 0.5},
     {"knn_top1": 75.5, "knn_balanced": 74.0},
   ]
-  assert report.summary(config, rows) == [
+  assert messages.summary(config, rows) == [
     "k-NN top-1 (cosine, k=20, T=0.07) on test:",
     "  encoder                75.50 %",
     "  encoder, balanced      74.00 %",
@@ -46,24 +46,24 @@ def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():
     "  guessing               10.00 %",
     "  raw pixels             70.00 %",
   ]
-  assert report.summary(config, rows[:1]) == []
+  assert messages.summary(config, rows[:1]) == []
   config.init_from = "weights.pth"
-  assert "  encoder, as loaded     60.00 %" in report.summary(config, rows)
+  assert "  encoder, as loaded     60.00 %" in messages.summary(config, rows)
 
 
 def test_without_labels_the_summary_sets_the_features_beside_their_first_selves():
   rows = [{"encoder_rankme": 2.0, "step": 0}, {"loss": 1.0}, {"encoder_rankme": 3.0, "encoder_effective_rank": 1.23456}]
-  lines = report.summary(types.SimpleNamespace(), rows)
+  lines = messages.summary(types.SimpleNamespace(), rows)
   assert (
     lines[1:] == ["  untrained: rankme 2", "  trained: rankme 3  effective rank 1.235"] and "no accuracy" in lines[0]
   )
-  assert report.summary(types.SimpleNamespace(init_from="weights.pth"), rows)[1] == "  as loaded: rankme 2"
+  assert messages.summary(types.SimpleNamespace(init_from="weights.pth"), rows)[1] == "  as loaded: rankme 2"
 
 
 def test_what_is_not_finite_is_named_with_its_array():
-  line = report.nonfinite(7, {"loss": np.nan, "grad_norm": 1.0}, {"params": {"w": np.array([1.0, np.inf])}})
+  line = messages.nonfinite(7, {"loss": np.nan, "grad_norm": 1.0}, {"params": {"w": np.array([1.0, np.inf])}})
   assert line.startswith("step 7 is not finite (loss): the first array that is not finite is ") and "w" in line
-  line = report.nonfinite(7, {"loss": 1.0, "grad_norm": np.inf}, {"params": {"w": np.ones(2)}})
+  line = messages.nonfinite(7, {"loss": 1.0, "grad_norm": np.inf}, {"params": {"w": np.ones(2)}})
   assert line.startswith("step 7 is not finite (grad_norm): the state is finite, so the gradient is not.")
-  line = report.nonfinite(7, {"grad_norm": 1.0, "update_norm": np.nan}, {"params": {"w": np.ones(2)}})
+  line = messages.nonfinite(7, {"grad_norm": 1.0, "update_norm": np.nan}, {"params": {"w": np.ones(2)}})
   assert "(update_norm): the state is finite, so the update that the optimizer made of the gradient is not." in line

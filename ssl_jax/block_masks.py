@@ -2,7 +2,7 @@
 
 Blocks as in BEiT (Bao et al., 2021, arXiv:2106.08254): data/masking.py and data/collate.py of facebookresearch/dinov2,
 in distribution. Which crops get a mask, and of what size, is decided over the global batch, so that it does not depend
-on the number of devices.
+on the number of devices. MAE's random masks are in methods/mae.py.
 """
 
 import math

@@ -32,7 +32,7 @@ def step_bytes(compiled: Any) -> int:
   return held + sizes.temp_size_in_bytes
 
 
-def microbatch(
+def search(
   compile_with: Callable[[int | None], tuple[Any, Any]], batch_size: int, unit: int, memory: int | None
 ) -> tuple[Any, Decision]:
   """Halves the microbatch until the step fits.
