@@ -250,12 +250,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mae_quickstart", "dino_quickstart", *slow("quickstart", "moco_quickstart"), *SLOW])
-def test_the_encoders_output_does_not_depend_on_batch_mates(name, mesh, monkeypatch):
-  config = small(name)
-  state, _ = steps_on(config, mesh(1), monkeypatch, n=1)
-  method, encoder = build.method_of(config, 8, 4)
-  variables = method.encoder(state.params, state.state)
-  images = np.random.default_rng(1).uniform(size=(4, 16, 16, 1)).astype(np.float32)
+def test_the_encoders_output_does_not_depend_on_batch_mates(name):
+  _, encoder = build.method_of(small(name), 8, 4)
+  rng = np.random.default_rng(1)
+  images = rng.uniform(size=(4, 16, 16, 1)).astype(np.float32)
+  shapes = jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
+  variables = jax.tree.map(lambda x: rng.uniform(0.05, 0.1, x.shape).astype(x.dtype), shapes)
   apply = jax.jit(lambda images: encoder.apply(variables, images, train=False))
   together = apply(images)
   for i in range(4):
