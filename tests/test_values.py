@@ -21,7 +21,7 @@ from runs import ROOT
 from ssl_jax import build, data
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.commands import check, prepare
-from ssl_jax.data import image, stream
+from ssl_jax.data import image, stream, turns
 from ssl_jax.data.image import ImageError, read_image, value_range
 from ssl_jax.errors import UserError
 from ssl_jax.run import messages
@@ -133,13 +133,13 @@ def test_a_compression_that_needs_another_package_is_told(tmp_path):
 import sys
 sys.modules["imagecodecs"] = None  # as where it is not installed
 sys.path.insert(0, sys.argv[1])
-import image
+from ssl_jax.data import image
 try:
   image.read_image(sys.argv[2], 5)
 except image.ImageError as error:
   print(error)
 """
-  command = [sys.executable, "-c", code, pathlib.Path(image.__file__).parent, tmp_path / "x.tif"]
+  command = [sys.executable, "-c", code, pathlib.Path(image.__file__).parents[2], tmp_path / "x.tif"]
   told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
   assert told.startswith("its compression needs one more package: pip install imagecodecs")
 
@@ -247,14 +247,14 @@ def test_a_prepared_set_keeps_what_it_can_and_names_what_it_cannot(tmp_path, cap
 
 
 def test_images_in_flight_take_turns_whatever_the_threads(monkeypatch):
-  monkeypatch.setattr(image, "_IN_FLIGHT", 2 * 7 * 30)  # two of them
+  monkeypatch.setattr(image, "MAX_PIXELS", 2 * 30)  # two of them
   file = io.BytesIO()
   PIL.Image.new("L", (5, 6)).save(file, "PNG")
   inside, most, lock = [0], [0], threading.Lock()
 
   def work():
     for _ in range(10):
-      with image.taking_turns():
+      with turns.taking_turns():
         read_image(file.getvalue())
         read_image(file.getvalue())  # in place of the first
         with lock:
@@ -269,24 +269,23 @@ def test_images_in_flight_take_turns_whatever_the_threads(monkeypatch):
     thread.start()
   for thread in threads:
     thread.join(timeout=60)
-  assert most[0] == 2 and image._in_flight == [0]
-  monkeypatch.setattr(image, "_IN_FLIGHT", 1)  # one that is larger than all the room there is still passes
-  with image.taking_turns():
-    read_image(file.getvalue())
+  assert most[0] == 2 and turns._in_flight == [0]
+  with turns.taking_turns():
+    turns.take(3, 2)  # alone, one that is larger than all the room there is still passes
   read_image(file.getvalue())  # outside nobody waits
-  assert image._in_flight == [0]
+  assert turns._in_flight == [0]
 
 
 def test_what_is_read_one_by_one_takes_turns_until_it_is_cropped(tmp_path, monkeypatch):
   for i in range(2):
     PIL.Image.new("RGB", (20, 16 + i)).save(tmp_path / f"{i}.png")
   seen, cut, crop = [], stream.cut_views, stream.centre_crop
-  monkeypatch.setattr(stream, "cut_views", lambda *given: seen.append(image._in_flight[0]) or cut(*given))
-  monkeypatch.setattr(stream, "centre_crop", lambda *given: seen.append(image._in_flight[0]) or crop(*given))
+  monkeypatch.setattr(stream, "cut_views", lambda *given: seen.append(turns._in_flight[0]) or cut(*given))
+  monkeypatch.setattr(stream, "centre_crop", lambda *given: seen.append(turns._in_flight[0]) or crop(*given))
   images = data.load_folder(tmp_path, "train", reading=data.Reading(threads=0))
   images.example(0, (View(size=8),), (0, 0, 0))
   next(iter(images.in_order(EvaluationView(resize=8, size=8), 2)))
-  assert seen == [7 * 20 * 16, 7 * 20 * 16, 7 * 20 * 17] and image._in_flight == [0]
+  assert seen == [7 * 20 * 16, 7 * 20 * 16, 7 * 20 * 17] and turns._in_flight == [0]
 
 
 def test_only_small_images_are_held_in_memory(tmp_path):

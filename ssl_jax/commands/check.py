@@ -22,7 +22,8 @@ from ssl_jax.commands import Parser, at_least_one, check_writable
 from ssl_jax.data import look
 from ssl_jax.data.dataset import in_short, in_words, usable_cores
 from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
-from ssl_jax.data.image import ImageError, channel_count, read_image, taking_turns
+from ssl_jax.data.image import ImageError, channel_count, read_image
+from ssl_jax.data.turns import taking_turns
 from ssl_jax.errors import UserError
 from ssl_jax.run import cluster
 

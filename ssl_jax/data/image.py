@@ -9,7 +9,6 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,6 +21,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from ssl_jax.data import turns
 
 MAX_PIXELS = 120_000_000  # of one image; decoding it takes up to 7 bytes a pixel
 Window = tuple[float, float]
@@ -39,7 +40,6 @@ _WIDE_GREY = ("I;16", "I;16B", "I", "F")
 _GREY = ("1", "L", *_WIDE_GREY)
 _STRIP = 1 << 22  # pixels that are converted at once: Pillow's copies of a whole image would be twice its size
 _BYTES_A_PIXEL = 7  # 4 in Pillow, 3 in the array
-_IN_FLIGHT = _BYTES_A_PIXEL * MAX_PIXELS
 
 
 class ImageError(ValueError):
@@ -61,41 +61,6 @@ class _Muted(threading.local):
 
 _muted = _Muted()
 _MUTE: Any = ("ignore", _muted, Warning, None, 0)  # `warnings` calls `match` on the text.
-
-
-class _Turns(threading.local):
-  """The bytes of images that this thread has in flight, where it takes turns; see `taking_turns`."""
-
-  on = False
-  held = 0
-
-
-_turns = _Turns()
-_in_flight, _room = [0], threading.Condition()
-
-
-@contextlib.contextmanager
-def taking_turns() -> Iterator[None]:
-  """What this thread decodes inside waits until it and what other threads have in flight fit in a bounded memory.
-
-  The bound is the size of one image of `MAX_PIXELS`. A decoded image counts until its thread leaves the block or reads
-  the next one.
-  """
-  _turns.on = True
-  try:
-    yield
-  finally:
-    _turns.on = False
-    _take_turn(0)
-
-
-def _take_turn(size):
-  with _room:
-    _in_flight[0] -= _turns.held
-    _room.notify_all()
-    _room.wait_for(lambda: not _in_flight[0] or _in_flight[0] + size <= _IN_FLIGHT)
-    _in_flight[0] += size
-    _turns.held = size
 
 
 def read_image(source: str | os.PathLike | bytes, channels: int = 3, window: Window | None = None) -> np.ndarray:
@@ -288,8 +253,7 @@ def _check_size(width, height, bytes_a_pixel=4):
   if width * height * bytes_a_pixel > 4 * MAX_PIXELS:
     of = "" if bytes_a_pixel <= 4 else f" of {bytes_a_pixel} bytes each"
     raise ImageError(f"too large: {width}x{height} pixels{of}, at most {4 * MAX_PIXELS // max(4, bytes_a_pixel)}")
-  if _turns.on:
-    _take_turn(min(width * height * max(_BYTES_A_PIXEL, bytes_a_pixel + 3), _IN_FLIGHT))
+  turns.take(width * height * max(_BYTES_A_PIXEL, bytes_a_pixel + 3), _BYTES_A_PIXEL * MAX_PIXELS)
 
 
 def _decode(file: BinaryIO, channels: int, least: float, window: Window | None) -> tuple[np.ndarray, tuple[int, int]]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from ssl_jax.data.dataset import SAMPLE, Dataset, usable_cores
 from ssl_jax.data.folder import Files
-from ssl_jax.data.image import ImageError, channel_count, taking_turns
+from ssl_jax.data.image import ImageError, channel_count
+from ssl_jax.data.turns import taking_turns
 from ssl_jax.errors import UserError
 
 

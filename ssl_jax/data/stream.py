@@ -18,8 +18,9 @@ import PIL.Image
 from ssl_jax.augment import EvaluationView, View, crop_shapes
 from ssl_jax.data.crop import centre_crop, cut_views, least_pixels
 from ssl_jax.data.dataset import SAMPLE, WHOLE, Dataset, Part, batch_indices
-from ssl_jax.data.image import ImageError, Window, read_image, read_reduced, taking_turns, value_range
+from ssl_jax.data.image import ImageError, Window, read_image, read_reduced, value_range
 from ssl_jax.data.pipeline import batched, ordered_batches
+from ssl_jax.data.turns import taking_turns
 from ssl_jax.errors import UserError
 
 # Larger than what malloc keeps for each thread: Pillow's memory for a large image goes back as soon as it is cropped.
