@@ -194,10 +194,11 @@ def apply_view(key: jax.Array, image: jax.Array, view: View, *, is_cut: bool = F
 
 
 def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
-  """Random erasing (Zhong et al., 2017, arXiv:1708.04896) of float [C, H, W] by normal noise, a number a pixel.
+  """Random erasing (Zhong et al., 2017, arXiv:1708.04896) of float [C, H, W] with normal noise.
 
-  With `probability` a box of 2 to 33 % of the area and a height / width of 0.3 to 3.3: the first of ten tries that is
-  smaller than the image, else none (`RandomErasing` of timm, mode "pixel").
+  With `probability`, one box is filled, each value with noise of its own. The box has 2 to 33 % of the area and a
+  height / width of 0.3 to 3.3: the first of ten tries that is smaller than the image; if none is, nothing is erased
+  (`RandomErasing` of timm, mode "pixel").
   """
   _, height, width = image.shape
   box_key, noise_key = jax.random.split(key)

@@ -16,12 +16,12 @@ from ssl_jax.errors import UserError
 from ssl_jax.optim import LR_SETTINGS, RULE_SETTINGS, ParameterRules
 from ssl_jax.settings import AUTO, Setting, each, flag, number, one_of, optional, positive, problems, span, text, whole
 
-# What may change between the runs of one workdir: it changes no number of the training, but by rounding. What a folder
-# holds is compared by itself.
+# Keys that may change when a workdir's run is resumed: they change no number of the training, except by rounding. The
+# contents of a folder of images are compared separately.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
 FREE_PREFIXES = ("parallel.", "data.data_dir", "data.folder", "data.threads", "data.workers", "knn.", "eval_view.")
-ASIDE = ("report", "profile_steps")  # what is written beside the training may change too
-# What may differ between the processes of one run.
+ASIDE = ("report", "profile_steps")  # these may change too: they only say what is written beside the training
+# Keys that may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 
 
@@ -100,9 +100,9 @@ def base() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init_from = config_dict.placeholder(str)  # a workdir, an export or a file of weights to start from
-  config.heads_first_steps = config_dict.placeholder(int)  # at most so many steps with the encoder as it is
-  config.guard = config_dict.placeholder(bool)  # whether the best evaluated state, the start among them, is the result
-  config.init_optimizer = config_dict.placeholder(bool)  # whether a run's moments are taken along
+  config.heads_first_steps = config_dict.placeholder(int)  # the encoder stays as it is for at most this many steps
+  config.guard = config_dict.placeholder(bool)  # whether the result is the best evaluated state, the start included
+  config.init_optimizer = config_dict.placeholder(bool)  # whether to take the moments of init_from's run too
   config.epochs = 100
   config.steps = config_dict.placeholder(int)  # in place of epochs
   config.stop_after_steps = config_dict.placeholder(int)  # ends a run early, leaves every schedule alone
@@ -120,9 +120,9 @@ def base() -> ml_collections.ConfigDict:
   config.data.split = "train"
   config.data.test_split = "test"
   config.data.channels = 3
-  config.data.window = config_dict.placeholder(tuple)  # values over 8 bits that become 0 and 255; None: measured
-  config.data.threads = config_dict.placeholder(int)  # that decode images; None: one a core
-  config.data.workers = 0  # processes that decode in place of this one
+  config.data.window = config_dict.placeholder(tuple)  # which values of over 8 bits become 0 and 255; None: measured
+  config.data.threads = config_dict.placeholder(int)  # how many decode images; None: one per core
+  config.data.workers = 0  # how many processes decode, in place of this one
   # JPEGs with more pixels than crops need are decoded smaller, for training alone: faster, other numbers.
   config.data.reduced_decoding = config_dict.placeholder(bool)
 
@@ -148,7 +148,7 @@ def auto() -> config_dict.FieldReference:
 
 
 def copies(count: int, view: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-  """`count` views alike, each a dict of its own: one that stands in several places would change in all of them."""
+  """`count` equal views, each its own dict: a dict that stands in several places would change in all of them."""
   return tuple(dict(view) for _ in range(count))
 
 
@@ -158,7 +158,7 @@ def views(config: Any) -> tuple[augment.View, ...]:
 
 
 def eval_view(config: Any) -> augment.EvaluationView:
-  """The recipe's evaluation view; where it names no size, that of its first view, and no margin around it."""
+  """The recipe's evaluation view. By default `size` is that of the first view, and `resize` is `size`: no margin."""
   given = _with_tuples(config.eval_view)
   size = given["size"] or int(config.views[0]["size"])
   return augment.EvaluationView(**{**given, "size": size, "resize": given["resize"] or size})
@@ -177,14 +177,15 @@ def reading(config: Any) -> Reading:
 
 
 def _with_tuples(mapping: Any) -> dict[str, Any]:
-  """Lists, as JSON gives them, as the tuples that hash."""
+  """The items of a mapping, with each list (JSON has no tuples) as a tuple, which can be hashed."""
   return {key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()}
 
 
 def check_values(config: Any) -> None:
-  """Raises UserError with everything that is wrong with a recipe's values, a line a key; no data are needed.
+  """Raises UserError with everything that is wrong with a recipe's values, one line per key; no data are needed.
 
-  What may be left to `decide` may be open. How values fit together is looked at where none of them is.
+  Keys that `decide` can settle may be open. Whether the values fit together is checked only where no key is open, and
+  none is wrong by itself.
   """
   given = config.to_dict()
   apart = {key: given.pop(key, None) for key in ("method", "encoder", "optimizer", "views")}
@@ -219,7 +220,7 @@ def _view_problems(views, eval_view, channels):
   for name, view in (named | {"eval_view": eval_view}).items():
     mean, std = ((view.get(key) or ()) if isinstance(view, dict) else () for key in ("mean", "std"))
     if not isinstance(mean, tuple | list) or not isinstance(std, tuple | list):
-      continue  # which is told already
+      continue  # `problems` has reported it already
     if channels != AUTO and len(mean) not in (0, channels):
       found.append(f"{name}.mean must be one number for each of data.channels={channels}, or empty, got {mean!r}")
     elif len(mean) != len(std):
@@ -231,7 +232,7 @@ def _joint_problems(config):
   found = []
   view, encoder = eval_view(config), config.encoder
   if config.get("init_optimizer") and not config.get("init_from"):
-    found.append("init_optimizer=True takes the optimizer of the run that init_from names, and it names none")
+    found.append("init_optimizer=True takes the optimizer of the run that init_from names, and init_from is not set")
   if config.data.get("folder") and config.data.get("data_dir"):
     found.append("data.folder and data.data_dir name two data sets: give one of them")
   if view.size > view.resize:
@@ -297,8 +298,8 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
   if differ:
     raise UserError(
       f"this workdir was started with another config ({'; '.join(differ)}). "
-      "Give the old values to go on with that run, or another --workdir to start a new one: from this one's weights "
-      "with --config.init_from and the name of this workdir."
+      "Give the old values to go on with that run, or another --workdir to start a new run: with "
+      "--config.init_from and the name of this workdir, that run starts from this one's weights."
     )
 
 

@@ -21,7 +21,7 @@ class ParameterRules(NamedTuple):
     frozen: never trained.
     late: not trained in the first `late_epochs` epochs. While they are not trained, late and frozen parameters have no
       weight decay and no moments, like a PyTorch parameter without a gradient.
-    held: not moved in the first `late_epochs` epochs either, but their moments run: their learning rate is 0 (DINOv2).
+    held: their learning rate is 0 in the first `late_epochs` epochs, while their moments are updated (DINOv2).
     late_epochs: see `late` and `held`.
   """
 
@@ -111,7 +111,7 @@ def check_rules(rules: ParameterRules, params: Any) -> None:
   for key in ("no_decay", "frozen", "late", "held"):
     for pattern in getattr(rules, key):
       if not any(re.fullmatch(pattern, name) for name in names):
-        raise UserError(f"{key}: {pattern!r} matches no parameter; they are called {names[0]!r}, {names[-1]!r}.")
+        raise UserError(f"{key}: {pattern!r} matches no parameter; the first is {names[0]!r}, the last {names[-1]!r}.")
 
 
 def lars(
@@ -180,8 +180,8 @@ def rate_factors(params: Any, layer_decay: float = 1.0, rates: Sequence[tuple[st
   """What each parameter's learning rate is multiplied with: a tree of numbers, `layer_decay` and `rates` together.
 
   Layer-wise decay gives layer i of L + 1 the factor layer_decay^(L + 1 - i): the embeddings of `params["encoder"]` are
-  layer 0, its blocks layers 1 to L, and all else has the factor 1: its last norm, heads (`lr_decay.py` of
-  facebookresearch/mae, `param_groups.py` of facebookresearch/dinov2, which are the same).
+  layer 0, and its blocks are layers 1 to L. All else, its last norm and the heads, has the factor 1. `lr_decay.py` of
+  facebookresearch/mae and `param_groups.py` of facebookresearch/dinov2 do the same.
 
   Args:
     params: parameter tree.
@@ -211,7 +211,7 @@ def rate_factors(params: Any, layer_decay: float = 1.0, rates: Sequence[tuple[st
   if undecided:
     raise UserError(
       f"optimizer.rates: {sorted(undecided)[0]!r} decides no parameter, since it matches none or comes after another "
-      f"that does; they are called {names[0]!r}, {names[-1]!r}."
+      f"that does; the first parameter is {names[0]!r}, the last {names[-1]!r}."
     )
   return multipliers
 
@@ -231,7 +231,15 @@ def scale_by_rates(layer_decay: float, rates: Sequence[tuple[str, float]]) -> op
 
 
 class HeadsFirst(NamedTuple):
-  """The state of `heads_first`: what it wraps, steps done, sum of losses, mean of the window before, first step."""
+  """The state of `heads_first`.
+
+  Attributes:
+    inner: the state of the wrapped optimizer.
+    steps: how many are done.
+    total: the sum of the losses of this window so far.
+    before: the mean loss of the window before.
+    begins: the step from which the encoder trains too.
+  """
 
   inner: Any
   steps: jax.Array
@@ -245,10 +253,10 @@ def heads_first(
 ) -> optax.GradientTransformationExtraArgs:
   """Trains everything but `params["encoder"]` until the loss is flat, then the encoder too.
 
-  Flat is a mean loss over `window` steps that is less than a share `flat` below that over the window before. From then
-  on, and from `most_steps` on in any case, the encoder's updates, weight decay included, are multiplied by
-  :math:`\\min(1, (t + 1) / w)` in step t after that, a warm-up as long as the window. Before that they are zero, and
-  its moments are collected.
+  The loss is flat when its mean over `window` steps is less than a share `flat` below its mean over the window before.
+  Until then, but for at most `most_steps` steps, the encoder's updates are zero, weight decay included, while its
+  moments are collected. In step t after that the updates are multiplied by :math:`\\min(1, (t + 1) / w)`: a warm-up
+  over w = `window` steps.
 
   All of it is in the state, and so in checkpoints. `update` takes the loss as `value`.
   """

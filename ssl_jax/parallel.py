@@ -18,9 +18,10 @@ SMALLEST_SPLIT = 2**14  # entries; for smaller arrays the extra collective costs
 
 
 def make_mesh(devices: Sequence | None = None) -> Mesh:
-  """Devices on one axis, each process's adjacent: it has a contiguous part of each batch. None: all of all processes.
+  """Devices on one axis, each process's side by side, so that every process has a contiguous part of each batch.
 
-  A mesh of devices that are only described (`jax.experimental.topologies`) compiles programs for them.
+  `devices`: None for all devices of all processes. If they are only described (`jax.experimental.topologies`),
+  programs can be compiled for them.
   """
   return Mesh(np.array(sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
 
@@ -51,7 +52,7 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def sharded(tree: Any, mesh: Mesh) -> Any:
-  """The shapes of a tree, each large array split over the devices along the last axis that they divide evenly."""
+  """The shapes of a tree, each large array split over the devices (ZeRO), along the last axis that divides evenly."""
 
   def split_last(x):
     axes = [i for i, size in enumerate(x.shape) if x.size >= SMALLEST_SPLIT and size % mesh.size == 0]
@@ -86,9 +87,9 @@ def compile_map(function: Callable, mesh: Mesh) -> Any:
 def accumulate(gradient: Callable, microbatch: int | None, axis_name: str) -> Callable:
   """Gradient accumulation over microbatches for `gradient(batch, positions) -> (gradients, Aux)` of a separable loss.
 
-  Gradients, metrics and averages are averaged over the chunks, examples concatenated: for a loss that is a mean over
-  its examples the same as all at once, except that batch norm normalises within a chunk. `microbatch` is counted over
-  all devices; None: all at once.
+  Gradients, metrics and averages are averaged over the chunks, and examples are concatenated. For a loss that is a mean
+  over its examples this gives what the whole batch at once gives, except that batch norm normalises within a chunk.
+  `microbatch` is counted over all devices; None: the whole batch at once.
   """
   if microbatch is None:
     return gradient

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = Parser(prog="python -m ssl_jax prepare", description=__doc__.split("\n")[0])
   names = ["folder", "shards", "cifar10", "cifar100", "imagenet2012", *SIZES]
   parser.add_argument("dataset", choices=names, metavar="dataset", help=", ".join(names[:-1]))
-  parser.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of images or shards, after that word")
+  parser.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="for folder and shards: where the files are")
   parser.add_argument("--data_dir", required=True, type=_path, help="folder to write dataset/version into")
   parser.add_argument(
     "--from",
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--val_labels",
     type=_path,
     metavar="FILE",
-    help="imagenet2012: one wnid, or 'filename wnid', a line; or none",
+    help="imagenet2012: a file with a wnid, or 'filename wnid', per line; or the word none, for no validation split",
   )
   args = parser.parse_args(argv)
   is_folder = args.dataset in ("folder", "shards")

@@ -33,7 +33,7 @@ SAMPLE, _MOST_BAD = 256, 0.1  # images that are tried before a run, and the shar
 
 
 def split_named(split: str, there: Collection[str]) -> str:
-  """The one of the splits that are `there` that `split`, or a slice, means: val, valid and validation are one."""
+  """A split, or a slice of one, under the name that it has in `there`: val, valid and validation mean the same."""
   name, bracket, part = split.partition("[")
   same = ("val", "valid", "validation")
   if name in there or name not in same:
@@ -50,8 +50,8 @@ class Reading(NamedTuple):
   """How images are decoded and cut on the host; it changes how fast they come.
 
   Attributes:
-    threads: that decode; 0: the caller's own. In each worker, where there are workers. None: one a core.
-    workers: processes that decode for training; 0: none.
+    threads: how many decode, in each worker where there are workers; 0: the caller's own thread; None: one per core.
+    workers: how many processes decode for training; 0: none.
     reduced: decode large JPEGs smaller for training, which changes pixels a little (see `stream.Streamed`).
   """
 
@@ -81,8 +81,8 @@ class Dataset(abc.ABC):
     class_names: what people call the classes, where that is known otherwise.
     fingerprint: of the list of files, where it is a folder: another list would be visited in another order.
     reading: how many threads and processes read it.
-    window: what of values of more than 8 bits is read, see `image.read_image`; None: there are none.
-    sample: tells the pixels of a sample from others, where it was `tried`.
+    window: the values of more than 8 bits that become 0 and 255, see `image.read_image`; None: there are none.
+    sample: a checksum of the pixels of a sample, where the set was `tried`.
     notes: what was left out of it, in words.
   """
 
@@ -104,7 +104,7 @@ class Dataset(abc.ABC):
 
   @property
   def is_labelled(self) -> bool:
-    """Whether there are images with a class; of the first one, where only the images themselves know."""
+    """Whether any image has a class; where only the images themselves know, whether the first one has."""
     return self.num_classes > 0 and (self.label(0) if self.labels is None else self.labels.max()) >= 0
 
   def label(self, i: int) -> int:
@@ -112,13 +112,13 @@ class Dataset(abc.ABC):
     return int(self.images.label(i) if self.labels is None else self.labels[i])
 
   def thinned(self, count: int) -> "Dataset":
-    """At most `count` images, evenly spaced, since a folder's are sorted by class: a bank of bounded size."""
+    """At most `count` images, for a bank of bounded size; evenly spaced, as a folder's images are sorted by class."""
     return self if len(self) <= count else self.take(np.arange(count) * len(self) // count)
 
   def numbered_as(self, other: "Dataset") -> "Dataset":
     """The same images with their classes numbered as in `other`, where both know their classes' names.
 
-    Images of a class that `other` has not lose their labels, which `notes` says.
+    Images lose their labels where `other` does not have their class, and `notes` says so.
     """
     if self.classes == other.classes or not self.classes or not other.classes or self.labels is None:
       return self
@@ -151,7 +151,7 @@ class Dataset(abc.ABC):
     if len(bad) > max(1, _MOST_BAD * len(sample)):
       raise UserError(
         f"{len(bad)} of {len(sample)} images that were tried cannot be read, such as {'; '.join(bad[:3])}. "
-        "`python -m ssl_jax check` lists all of a folder's; a prepared set is mended by its `prepare` command."
+        "`python -m ssl_jax check` lists all such files of a folder; a prepared set is mended by its `prepare` command."
       )
     notes, copies = list(self.notes), len(prints) - len(set(prints))
     if copies or flat:
@@ -167,12 +167,12 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def contents(self) -> str:
-    """What tells its pixels and labels from any others: of images in memory by all of them, else by their files."""
+    """A checksum of its labels and pixels; where images are read one by one, of their files in place of the pixels."""
 
   @property
   @abc.abstractmethod
   def channels(self) -> int:
-    """Of every image."""
+    """How many channels every image has."""
 
   @property
   @abc.abstractmethod
@@ -195,7 +195,7 @@ class Dataset(abc.ABC):
   def pixels(self, view: EvaluationView, most: int) -> np.ndarray | None:
     """All images as `in_order` gives them, uint8 [n, h, w, C]; None where that costs too much.
 
-    It does where they have to be read from disk, and where one has more than `most` numbers.
+    It costs too much where images have to be read from disk, and where one image has more than `most` numbers.
     """
 
   @abc.abstractmethod
@@ -221,18 +221,18 @@ class Dataset(abc.ABC):
     """Yields a process's part, b examples, of the batches of steps `start` to `stop` - 1.
 
     Args:
-      views: that training draws.
+      views: the views that training draws.
       batch_size: global.
-      seed: of the order (`batch_indices`) and of what is drawn on the host, which depend on (seed, step, position,
+      seed: decides the order (`batch_indices`) and what is drawn on the host: both depend on (seed, step, position,
         view) alone.
       start, stop: steps.
-      part: of which process.
+      part: which process's part.
       labelled: whether the images' classes come too, "label" int32 [b].
 
     Yields:
-      {"image": uint8 [b, H, W, C], or a tuple of crops [b, v, size, size, C], one a resolution: what
-      `augment.make_views` takes; "index" int64 [b], "wanted" int64 [b]}. An image that cannot be read is replaced by
-      the next that can: "index" is what came and "wanted" what the order says.
+      {"image": uint8 [b, H, W, C], or a tuple of crops [b, v, size, size, C], one per resolution, as
+      `augment.make_views` takes them; "index" int64 [b], "wanted" int64 [b]}. An image that cannot be read is replaced
+      by the next that can: "wanted" are the images that the order names, "index" those that came.
     """
 
   @abc.abstractmethod
@@ -241,8 +241,8 @@ class Dataset(abc.ABC):
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields a process's part of batches over all images, in order, resized and cropped as `view` says.
 
-    `batch_size` is global; of a part: (uint8 [b, size, size, C], labels [b], bool [b]: which could be read). The last
-    batch is filled up with what counts as unreadable.
+    `batch_size` is global. A part is (uint8 [b, size, size, C], labels [b], bool [b]: which images could be read). The
+    last batch is filled up with entries that count as unreadable.
     """
 
 

@@ -260,7 +260,7 @@ def _find(name, data_dir):
   found = builder.info.file_format.value
   raise UserError(
     f"{name!r} in {root} is prepared as {found} only, which needs TensorFlow to read. "
-    f"Into another data_dir, as array_record, {prepare_command(full_name, f'{root}_array_record')}"
+    f"To have it as array_record, in another data_dir, {prepare_command(full_name, f'{root}_array_record')}"
   )
 
 

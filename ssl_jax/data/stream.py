@@ -59,20 +59,20 @@ class Images(abc.ABC):
     return read_image(self.source(i), self.channels, self.window)
 
   def read_reduced(self, i: int, least: float) -> tuple[np.ndarray, tuple[int, int]]:
-    """Image i, maybe smaller, of at least so many pixels; and its real height and width. Raises as `read`."""
+    """Image i, reduced if `least` pixels still remain; and its whole height and width. Raises what `read` raises."""
     return read_reduced(self.source(i), self.channels, least, self.window)
 
   @abc.abstractmethod
   def label(self, i: int) -> int:
-    """Its class, -1 where there is none; asked where a data set does not have the labels of all."""
+    """The class of image i, -1 where there is none; used where the data set itself has no array of labels."""
 
   @abc.abstractmethod
   def name(self, i: int) -> str:
-    """What it is called, for people."""
+    """What image i is called, for people."""
 
   @abc.abstractmethod
   def contents(self) -> str:
-    """What tells them from any others: which they are, and size and time of change of the files that hold them."""
+    """A text that tells these images from any others: which they are, and their files' sizes and times of change."""
 
   @abc.abstractmethod
   def take(self, indices: np.ndarray) -> "Images":
@@ -175,7 +175,7 @@ class Streamed(Dataset):
 
   def _known_label(self, i: int) -> np.int32:
     label = self.label(i)
-    if label < 0:  # where only the images themselves know, this is when it shows
+    if label < 0:  # where only the images themselves know their labels, a missing one shows only now
       raise UserError(f"{self.image_name(i)} has no label, and each image that is trained on needs one.")
     return np.int32(label)
 

@@ -26,7 +26,7 @@ from ssl_jax.run import cluster
 
 FORMATS = (".npz", ".parquet")
 BATCHES_A_PART = 16
-_PLACES = ("data",)  # where the images were: for pictures, and free to change
+_PLACES = ("data",)  # keys of `about` that tell where the images are, so that they can be shown: these may change
 
 
 class Embeddings(NamedTuple):
@@ -81,15 +81,16 @@ def write(
   compute: Callable[[int], Iterator[Features]],
   progress: Callable[[int], None] = lambda done: None,
 ) -> bool:
-  """Computes the features of images and writes them, or what is missing of them. All processes come here.
+  """Computes the features of images and writes them, or those that are missing. All processes must call this.
 
   A part is `BATCHES_A_PART` batches. It is on the disk before the next one is begun, so that a job that is killed loses
-  at most that, and the file is the same bit for bit on the same devices. Memory holds a part, and not the features.
+  at most one part; on the same devices the file is the same bit for bit as without the kill. Memory holds one part, not
+  all features.
 
   Args:
     out: the file, of one of FORMATS.
     images: what `compute` goes through.
-    about: what the features are made from, as JSON holds it. Unfinished work of anything else is not gone on with.
+    about: what the features are made from, as JSON holds it. Unfinished work made from anything else is refused.
     batch_size: of `compute`.
     compute: index of an image, a multiple of `batch_size` -> the features of each batch from there on.
     progress: called with the number of images that are done.
@@ -122,7 +123,7 @@ def write(
 
 
 def read(path: str | os.PathLike) -> Embeddings:
-  """Opens a file that `write` wrote, or an .npz with arrays of the same names, of which `names` and `features` must be.
+  """Opens a file that `write` wrote, or an .npz with arrays of the same names, at least `names` and `features`.
 
   Raises:
     UserError: it is not there, is damaged, or holds something else.
@@ -158,7 +159,7 @@ def _parts(batches: Iterable[Features]) -> Iterator[Features]:
 
 @contextlib.contextmanager
 def _begun(out, work, about, count):
-  """Holds the work, and gives how many parts of it are whole; -1: the file itself is."""
+  """Locks the folder of parts, and yields how many of them are whole; -1: the file itself is there."""
   if out.exists():
     _check_same(out, read(out).about, about)
     shutil.rmtree(work, ignore_errors=True)  # killed between the last two steps
@@ -333,7 +334,7 @@ def _read_parquet(path):
         labels[rows] = batch["label"]
       at = rows.stop
     scratch.flush()
-    # On the disk, as those of an .npz are: the file without a name is there as long as the array is.
+    # On the disk, like those of an .npz: the temporary file, which has no name, lasts as long as the array.
     features = np.memmap(scratch, np.float32, "r", 0, (n, schema.field("features").type.list_size))
   metadata = {key: json.loads(text) for key, text in (schema.metadata or {}).items() if key in (b"about", b"classes")}
   return Embeddings(names, features, indices, labels, tuple(metadata.get(b"classes", ())), metadata.get(b"about", {}))

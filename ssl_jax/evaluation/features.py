@@ -42,7 +42,7 @@ def reading(encoder: nn.Module, kind: str | None = None, blocks: int = 1) -> Rea
       last norm, oldest first; "mean", the mean of the patches' tokens after the last norm; "cls+mean", both of these in
       this order, which is what DINOv2's linear heads read; "flat", all patches' tokens. Of a ResNet: "pooled", the mean
       of the last maps; "flat", all of them.
-    blocks: how many of the last blocks "cls" and "cls+mean" take the class token of.
+    blocks: from how many of the last blocks "cls" and "cls+mean" take the class token.
 
   Raises:
     UserError: the encoder has no such features, or fewer blocks.

@@ -153,9 +153,9 @@ def _effective_rank(x, values, row):
   if "alignment" in row and x < COLLAPSED_RANK:
     return BAD, "The features have collapsed: the embeddings lie on a line."
   if "alignment" in row and x < _FALLEN * max(values):
-    return WATCH, f"About {x:.1f} directions are in use, and it was {max(values):.1f}: it should not keep falling."
+    return WATCH, f"About {x:.1f} directions are in use; once it was {max(values):.1f}. This should not keep falling."
   if "alignment" in row and x < _FEW:
-    return WATCH, f"The embeddings lie near a line, which would be 1.{_since(values)}"
+    return WATCH, f"The embeddings lie near a line; a line would have the value 1.{_since(values)}"
   return (GOOD if "alignment" in row else PLAIN), f"The embeddings use about {x:.1f} directions.{_since(values)}"
 
 
@@ -196,13 +196,13 @@ def _contrastive_top1(x, values, row):
 
 
 def _kl(x, values, row):
-  return PLAIN, f"What of the loss the student can still reduce; the rest is the teacher's own entropy.{_since(values)}"
+  return PLAIN, f"What the student can still reduce of the loss; the rest is the teacher's own entropy.{_since(values)}"
 
 
 def _sigreg(x, values, row):
   return (
     PLAIN,
-    f"1.05 is a standard Gaussian; a run stays above it, and far above where embeddings shrink.{_since(values)}",
+    f"A standard Gaussian has 1.05; a run stays above that, and far above it if embeddings shrink.{_since(values)}",
   )
 
 
@@ -222,7 +222,7 @@ def _update_norm(x, values, row):
 
 
 def _center_norm(x, values, row):
-  return PLAIN, f"What is taken from the teacher's outputs, so that no prototype has them all.{_since(values)}"
+  return PLAIN, f"What is subtracted from the teacher's outputs so that no prototype gets all of them.{_since(values)}"
 
 
 def _input_share(x, values, row):
@@ -244,7 +244,7 @@ def _koleo(x, values, row):
 
 
 def _accuracy(x, values, row):
-  return PLAIN, f"On the batch's images as they are augmented; the test images tell what it is worth.{_since(values)}"
+  return PLAIN, f"On the batch's augmented images; the test images tell how good the classifier is.{_since(values)}"
 
 
 def _feature_norm(x, values, row):

@@ -43,7 +43,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-  """A manager that keeps the last `keep` checkpoints and the best one in `folder/../metrics.jsonl`."""
+  """A manager that keeps the last `keep` checkpoints, and the best one by the scores in `folder/../metrics.jsonl`."""
   best = _Best(folder.parent / "metrics.jsonl")
   policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best])
   options = ocp.CheckpointManagerOptions(
@@ -158,12 +158,12 @@ def _read(folder, step, abstract):
     jax.tree_util.tree_leaves_with_path(parts), jax.tree.leaves({name: state[name] for name in parts}), strict=True
   ):
     if not isinstance(got, jax.Array) or (got.shape, got.dtype) != (want.shape, want.dtype):
-      raise ValueError(f"{jax.tree_util.keystr(path)} is not there as {want.dtype}{list(want.shape)}")
+      raise ValueError(f"{jax.tree_util.keystr(path)} is not in the checkpoint as {want.dtype}{list(want.shape)}")
   return state
 
 
 def _verified(state):
-  """The parts without their fingerprints, which are computed again, on all processes."""
+  """Checks the parts against their fingerprints, on all processes, and returns them without these."""
   marks = state.pop("fingerprint")
   changed = [name for name, part in state.items() if fingerprint(part) != marks[name]]
   if changed:

@@ -34,9 +34,10 @@ _SEEN_WITHIN = 20.0  # seconds that a shared file system may take to show a file
 
 
 def connect(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
-  """Connects to the other processes of this run; a single process where none are given and JAX finds no cluster.
+  """Connects to the other processes of this run.
 
-  JAX finds them on Cloud TPU, under SLURM, Open MPI and Kubernetes. Must be called before JAX is used in any other way.
+  Without arguments they are those of the cluster that JAX finds on Cloud TPU, under SLURM, Open MPI and Kubernetes;
+  where it finds none, this is a single process. Must be called before JAX is used in any other way.
 
   Args:
     coordinator_address: HOST:PORT of process 0.
@@ -126,7 +127,7 @@ def check_alike(facts: dict[str, str]) -> None:
   for i, other in enumerate(lines):
     differ = [f"{a} and {b}" for a, b in zip(lines[0], other, strict=False) if a != b]
     if differ or len(other) != len(lines[0]):
-      raise UserError(f"process 0 and process {i} were not started alike: {'; '.join(differ) or 'other keys'}.")
+      raise UserError(f"process 0 and process {i} were not started alike: {'; '.join(differ) or 'their keys differ'}.")
 
 
 def check_shared(folder: pathlib.Path) -> None:
@@ -166,8 +167,8 @@ def check_shared(folder: pathlib.Path) -> None:
 def refusal(error: Exception, folder: pathlib.Path | None = None) -> str | None:
   """What the file system refused, as a line; None for any other error.
 
-  It comes as an OSError, or in the text of an exception of TensorStore's or ArrayRecord's. A missing file is a bug, but
-  for one in `folder`, which somebody has then taken away.
+  A refusal comes as an OSError, or in the text of an exception of TensorStore or ArrayRecord. A missing file is a bug
+  of this program, unless it is in `folder`: then somebody has removed it.
   """
   named = re.search(r'local file "([^"]+)"', str(error))
   full = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
@@ -187,10 +188,11 @@ def refusal(error: Exception, folder: pathlib.Path | None = None) -> str | None:
 
 @contextlib.contextmanager
 def ending_together(orderly: type[Exception] | tuple[()] = (), folder: pathlib.Path | None = None) -> Iterator[None]:
-  """Exits at once on an exception in this process, if there are other processes, so that they end as well.
+  """Ends this process at once on an exception, if there are other processes, so that they end as well.
 
-  They notice its closed connections; an orderly exit would wait for them. `orderly`: what all of them raise together.
-  What the file system refuses becomes a UserError; `folder` is what is written to (see `refusal`).
+  The others notice its closed connections; an orderly exit would wait for them. `orderly`: exceptions that all
+  processes raise together, which pass through. What the file system refuses becomes a UserError; `folder` is the folder
+  that is written to (see `refusal`).
   """
   try:
     yield

@@ -79,7 +79,7 @@ def _wait_for_the_end_of(path):
     if age is None:
       return
     if lives is False or age > STALE:
-      say(f"taking over {path.parent} from {who}, which has ended without a word")
+      say(f"taking over {path.parent} from {who}, which has ended without removing its lock")
       aside = path.with_name(f"lock.{secrets.token_hex(8)}")
       with contextlib.suppress(FileNotFoundError):  # Of several runs that wait, one renames it.
         path.rename(aside)
