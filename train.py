@@ -116,7 +116,7 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
         jax.block_until_ready(train)
         say(f"first step done after {time.perf_counter() - started:.1f} s")
         clock.images_per_second(step)  # with its compilation: not to be counted in the next rows
-      cli.live(functools.partial(messages.underway, run, step, clock.rate_now(step)))
+      cli.live(functools.partial(messages.live_line, run, step, clock.rate_now(step)))
 
       number = stopping()
       ends = number or step == run.last_step

@@ -1,4 +1,7 @@
-"""The keys that all recipes share, and the checks that come before anything is compiled."""
+"""The keys that all recipes share, and the checks that come before anything is compiled.
+
+`settings.problems` refuses an unknown key of a recipe, `run/cli.py` an unknown flag --config.KEY.
+"""
 
 import difflib
 import json
@@ -27,7 +30,7 @@ LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
 
 _NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
 _SIDE = optional(whole())
-_PROFILED = "two steps, the first at least 1 and not behind the last"
+_PROFILED = "two steps, the first at least 1 and not after the last"
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
   "seed": whole(0, 2**31 - 1, required=True),
   "init_from": optional(text()),
@@ -46,7 +49,7 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
     data_dir=optional(text()),
     folder=optional(text()),
     split=text(required=True),
-    test_split=optional(Setting(lambda x: isinstance(x, str), "a text")),  # an empty one: no k-NN
+    test_split=optional(Setting(lambda x: isinstance(x, str), "a string")),  # an empty one: no k-NN
     channels=whole(required=True),
     window=optional(Setting(lambda x: span(-math.inf, math.inf).holds(x) and x[0] < x[1], "two numbers, low < high")),
     threads=optional(whole(0)),
@@ -268,7 +271,7 @@ def _check_divides(key, value, parts, what):
   if value < 1 or value % parts:
     below, above = value // parts * parts, -(-value // parts) * parts
     nearest = " or ".join(str(v) for v in dict.fromkeys((below, above)) if v > 0)
-    raise UserError(f"{key}={value} does not divide over {what}: {key}={nearest or parts} does.")
+    raise UserError(f"{key}={value} cannot be split evenly over {what}: {key}={nearest or parts} does.")
 
 
 def schedule_length(config: Any, images: int) -> tuple[int, int]:

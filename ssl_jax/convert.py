@@ -1,4 +1,4 @@
-"""Weights to and from PyTorch: state dicts of arrays under torchvision's names, both ways, strict."""
+"""Weights to and from PyTorch, strictly: state dicts under torchvision's names for a ResNet and timm's for a ViT."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -203,7 +203,7 @@ def rate_factors(params: Any, layer_decay: float = 1.0, rates: Sequence[tuple[st
     layer = int(found[1]) + 1 if found else 0 if _EMBEDDINGS.match(name) else layers
     expression, rate = next(((x, rate) for x, rate in rates if re.fullmatch(x, name)), (None, 1.0))
     if rates and expression is None:
-      raise UserError(f"optimizer.rates matches {name!r} by no expression: let the last pair be ('.*', 1.0).")
+      raise UserError(f"no expression of optimizer.rates matches {name!r}: let the last pair be ('.*', 1.0).")
     undecided.discard(expression)
     return layer_decay ** (layers - layer) * rate
 

@@ -58,7 +58,7 @@ def flag(*, required: bool = False) -> Setting:
 
 
 def text(*, required: bool = False) -> Setting:
-  return Setting(lambda x: isinstance(x, str) and x != "", "a text that is not empty", required)
+  return Setting(lambda x: isinstance(x, str) and x != "", "a string that is not empty", required)
 
 
 def one_of(*values: Any, required: bool = False) -> Setting:

@@ -226,13 +226,13 @@ def test_a_coordinator_that_never_comes_up_is_told_in_time(cache, tmp_path):
   arguments = f"--coordinator_address={address()}", "--num_processes=2", "--connect_timeout=3"
   began = time.monotonic()
   out = finish(start(cache, "train.py", tmp_path / "run", *arguments, "--process_id=1"), status=1)
-  assert "the others did not come within 3 s" in out.splitlines()[-1] and time.monotonic() - began < 20
+  assert "the other processes did not connect within 3 s" in out.splitlines()[-1] and time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
   "arguments, text",
   [
-    (("host:1", None, None), "--num_processes and --process_id is missing"),
+    (("host:1", None, None), "--num_processes and --process_id are missing"),
     ((None, 2, 0), "--coordinator_address is missing"),
     (("127.0.0.1:1", 2, 2), r"process_id must be in \[0, 2\), got 2"),
   ],

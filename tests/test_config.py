@@ -150,10 +150,10 @@ def test_steps_replace_epochs_and_a_partial_batch_is_dropped():
   "overrides, text",
   [
     (dict(batch_size=64), "batch_size=64 is more than the 24 images"),
-    (dict(batch_size=6), "batch_size=6 does not divide over the 4 devices: batch_size=4 or 8 does"),
+    (dict(batch_size=6), "batch_size=6 cannot be split evenly over the 4 devices: batch_size=4 or 8 does"),
     (dict(batch_size=2), "batch_size=4 does"),
     (dict(batch_size=-4), "batch_size=-4"),
-    (dict(batch_size=8, microbatch=3), "microbatch=3 does not divide"),
+    (dict(batch_size=8, microbatch=3), "microbatch=3 cannot be split evenly"),
   ],
 )
 def test_settings_that_cannot_run_are_told_with_their_values(overrides, text):
@@ -248,12 +248,12 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
       "rates must be a tuple: pairs of a regular expression and a number",
     ),
     ("quickstart", "no_decay", ("(",), "no_decay must be a tuple: regular expressions, got ('(',)"),
-    ("quickstart", "profile_steps", (3, 2), "be two steps, the first at least 1 and not behind the last, or none, got"),
+    ("quickstart", "profile_steps", (3, 2), "be two steps, the first at least 1 and not after the last, or none, got"),
     ("quickstart", "views", (3,), "views[0] must be a group of keys, got 3"),
     ("quickstart", "views", (), "views must be a tuple of dicts"),
     ("quickstart", "views[0].scale", (0.5, 0.2), "views[0].scale must be two numbers in (0, 1], the lower one first"),
     ("quickstart", "views[1].blur_kernel", 4, "views[1].blur_kernel must be an odd whole number, got 4"),
-    ("quickstart", "data.folder", "", "data.folder must be a text that is not empty, or none, got ''"),
+    ("quickstart", "data.folder", "", "data.folder must be a string that is not empty, or none, got ''"),
     ("quickstart", "microbatch", 48, "batch_size=128 is not a multiple of microbatch=48"),
     ("dino_quickstart", "method.head.prototypes", 1, "method.head.prototypes must be a whole number, at least 2"),
     ("dino_quickstart", "method.center_momentum", 2, "method.center_momentum must be a number in [0, 1], got 2"),

@@ -288,14 +288,14 @@ def test_bank_and_queries_are_prepared_alike_and_share_class_numbers(tmp_path):
   assert same.take(np.array([2])).label(0) == 2
   other = bank.numbered_as(queries)
   assert other.labels.tolist() == [0, 0, -1, -1, 1, 1] and other.classes == ("a", "c")
-  assert other.notes == ("2 of classes that 'test' has not (b): evaluation leaves them out",)
+  assert other.notes == ("2 images of classes that 'test' does not have (b): evaluation leaves them out",)
 
 
 def test_classes_that_only_the_test_set_has_stop_no_run(photographs):
   (photographs / "val" / "b").rename(photographs / "val" / "z")
   run = build.run(folder_config(photographs))
   assert run.test_set.labels.tolist() == [0, 0, 0, 0, -1, -1, -1, -1]
-  assert "val: 4 of classes that 'train' has not (z): evaluation leaves them out" in messages.describe(run)
+  assert "val: 4 images of classes that 'train' does not have (z): evaluation leaves them out" in messages.describe(run)
   (photographs / "val" / "a").rename(photographs / "val" / "y")
   run = build.run(folder_config(photographs))
   assert run.test_set is None

@@ -81,7 +81,7 @@ def test_a_holder_elsewhere_that_has_not_touched_its_lock_for_two_minutes_is_rep
   with lock.held(path.parent):
     assert holder(path)["host"] != "other"
   out = capsys.readouterr().out
-  assert "waiting up to 25 s for a sign that it still is" in out and "taking over" in out
+  assert "waiting up to 25 s for a sign that it still runs" in out and "taking over" in out
   assert next(ages) == 140  # it was not taken before
 
 

@@ -24,7 +24,7 @@ def test_a_steps_line_tells_what_binds_it_and_how_long_is_left(share, mfu, told)
   run = types.SimpleNamespace(config=config, steps=200, last_step=140, chance=5.541)
   row = ROW | dict(input_share=share) | ({} if mfu is None else {"mfu": mfu})
   want = f"step 40/200  epoch 1.25  loss 2.5000 (chance 5.54)  lr 3.00e-03  {told}"
-  assert messages.progress(run, row) == want
+  assert messages.step_line(run, row) == want
 
 
 def test_the_summary_sets_the_last_figure_beside_the_first_and_the_pixels():

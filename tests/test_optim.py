@@ -321,7 +321,10 @@ def test_the_gradients_of_a_part_are_clipped_together():
 @pytest.mark.parametrize(
   "settings, told",
   [
-    (dict(rates=(("encoder/.*", 0.1),)), r"matches 'decoder/blocks_0/cls_token' by no expression.*'\.\*', 1\.0"),
+    (
+      dict(rates=(("encoder/.*", 0.1),)),
+      r"no expression of optimizer.rates matches 'decoder/blocks_0/cls_token'.*'\.\*', 1\.0",
+    ),
     (dict(rates=((".*gama", 0.1), (".*", 1.0))), r"'\.\*gama' decides no parameter"),
     (dict(rates=((".*", 0.1), ("head/.*", 1.0))), r"'head/\.\*' decides no parameter"),
   ],

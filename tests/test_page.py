@@ -191,7 +191,7 @@ def test_a_page_is_made_of_whatever_there_is(tmp_path):
     (killed, ["Step 10 of 20 is the last that was written", "the same command goes on"], ["is complete"]),
     (
       single,
-      ["There are no labels to score it by", "A single image has no neighbours"],
+      ["There are no labels to score the encoder by", "A single image has no neighbours"],
       ["dashed frame", "Colours are"],
     ),
     (same, ["Among 5 of the 50 images"], ["has the same class"]),

@@ -93,9 +93,9 @@ def test_the_live_line_tells_the_rate_once_it_is_measured(monkeypatch):
   clock.images_per_second(1)  # with the compilation
   now[0] += 0.9
   run = types.SimpleNamespace(steps=200, last_step=100, config=types.SimpleNamespace(batch_size=64))
-  assert messages.underway(run, 3, clock.rate_now(3)) == "step 3/200  3 %"
+  assert messages.live_line(run, 3, clock.rate_now(3)) == "step 3/200  3 %"
   now[0] += 0.7
-  assert messages.underway(run, 6, clock.rate_now(6)) == "step 6/200  6 %  200 images/s  00:30 left"
+  assert messages.live_line(run, 6, clock.rate_now(6)) == "step 6/200  6 %  200 images/s  00:30 left"
   assert clock.rate == pytest.approx(64 / 60)  # it was no question
   clock.restart(6)
   assert clock.rate_now(6) == pytest.approx(200)

@@ -349,4 +349,4 @@ def test_mistakes_are_one_line_before_anything_is_compiled(unbroken, cache, tmp_
 
 def test_a_batch_that_does_not_divide_names_those_that_do(cache, tmp_path):
   out = finish(start(cache, "train.py", tmp_path / "run", devices=4, batch_size=62), status=1)
-  assert "batch_size=62 does not divide over the 4 devices: batch_size=60 or 64 does" in out.splitlines()[-1]
+  assert "batch_size=62 cannot be split evenly over the 4 devices: batch_size=60 or 64 does" in out.splitlines()[-1]

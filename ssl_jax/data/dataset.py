@@ -127,7 +127,8 @@ class Dataset(abc.ABC):
     notes = self.notes
     if unknown := [name for name in self.classes if name not in other.classes]:
       lost = int(np.sum(labels < 0)) - int(np.sum(self.labels < 0))
-      notes += (f"{lost:,} of classes that {other.split!r} has not ({in_short(unknown)}): evaluation leaves them out",)
+      which = f"of classes that {other.split!r} does not have ({in_short(unknown)})"
+      notes += (f"{lost:,} images {which}: evaluation leaves them out",)
     about: dict[str, Any] = dict(classes=other.classes, num_classes=other.num_classes, notes=notes)
     return dataclasses.replace(self, labels=labels, **about)
 

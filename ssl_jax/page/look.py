@@ -1,4 +1,4 @@
-"""What the page shows of an encoder: a few hundred images, how it places them, and which it takes for alike.
+"""What the page shows of an encoder: a few hundred images, how it places them, and which it finds similar.
 
 A `Look` is plain JSON with its pictures inside, which is written beside the page: pages of several runs are made from
 these, without their data. Its size is bounded, whatever the images.

@@ -98,8 +98,10 @@ def _loss(logged, facts):
 def _worth(rows, facts, trained):
   scored = [row for row in rows if "knn_top1" in row]
   if not scored:
-    why = "No evaluation has been written yet." if facts.get("labelled") else "There are no labels to score it by."
-    return PLAIN, f"{why} The nearest neighbours and the map below show what the encoder takes for alike."
+    why = (
+      "No evaluation has been written yet." if facts.get("labelled") else "There are no labels to score the encoder by."
+    )
+    return PLAIN, f"{why} The nearest neighbours and the map below show what the encoder finds similar."
   first, value = scored[0], scored[-1]["knn_top1"]
   pixels = max((first[key] for key in first if key.startswith("pixels") and key.endswith("_top1")), default=None)
   start, guess = first["knn_top1"], first.get("guessing_top1")

@@ -54,15 +54,16 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
   )
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if 0 < len(missing) < 3:
-    raise UserError(f"{' and '.join(missing)} is missing: give all three, or none where JAX finds the cluster itself.")
+    are = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
+    raise UserError(f"{are} missing: give all three, or none where JAX finds the cluster itself.")
   if not missing and not 0 <= given["process_id"] < given["num_processes"]:
     raise UserError(f"--process_id must be in [0, {num_processes}), got {process_id}.")
   where = "" if missing else f"process {process_id} of {num_processes} at {coordinator_address}: "
 
   def late():  # JAX itself would abort with a stack trace
     leave(
-      f"{where}the others did not come within {timeout} s. Is process 0 running, can it be reached, and was each "
-      "process started with the same address and number of processes, and a number of its own?"
+      f"{where}the other processes did not connect within {timeout} s. Is process 0 running, can it be reached, and "
+      "was each process started with the same address and number of processes, and a number of its own?"
     )
 
   timer = threading.Timer(timeout, late)

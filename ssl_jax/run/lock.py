@@ -88,7 +88,7 @@ def _wait_for_the_end_of(path):
         aside.unlink(missing_ok=True)
       return
     if not told:
-      say(f"{path.parent} was last in use by {who}; waiting up to {STALE - age:.0f} s for a sign that it still is")
+      say(f"{path.parent} was last in use by {who}; waiting up to {STALE - age:.0f} s for a sign that it still runs")
       told = True
     first = max(first, age)
     time.sleep(1)

@@ -166,7 +166,7 @@ def write_steps(
     if run.peak:
       row["mfu"] = run.flops * rate / config.batch_size / run.peak  # model FLOP utilisation
     writer.write(row)
-    say(messages.progress(run, row))
+    say(messages.step_line(run, row))
     if step >= clock.outlook_from:
       clock.outlook_from = math.inf  # once a start
       for line in outlook(run, step, rate, time.time()):

@@ -50,7 +50,7 @@ def describe(run: "Run") -> list[str]:
   return [*lines, hint] if (hint := large_pages_hint()) else lines
 
 
-def progress(run: "Run", row: dict) -> str:
+def step_line(run: "Run", row: dict) -> str:
   """The line of a step that is logged."""
   rate, share = row["images_per_second"], row["input_share"]
   used = f", MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
@@ -63,7 +63,7 @@ def progress(run: "Run", row: dict) -> str:
   )
 
 
-def underway(run: "Run", step: int, rate: float) -> str:
+def live_line(run: "Run", step: int, rate: float) -> str:
   """The live line between two that are logged; `rate` is 0 where it is not known yet."""
   done = f"step {step}/{run.steps}  {100 * step / run.last_step:.0f} %"
   if not rate:

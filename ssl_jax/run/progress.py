@@ -1,4 +1,6 @@
-"""What a run prints: lines that stay and, where somebody watches, one live line below them.
+"""How a run's lines are drawn: lines that stay and, where somebody watches, one live line below them.
+
+What they say is in `messages`.
 
 In a terminal the live line is drawn again a few times a second, in a notebook every two seconds, both by a carriage
 return alone. In a file, where nothing can be drawn again, a line is written when there was none for a minute.
