@@ -163,24 +163,31 @@ def test_labels_that_cannot_be_learned_from_are_told(labels, test_labels, wanted
     probe.check_classes(np.array(labels), np.array(test_labels), probe.parse_labels(wanted))
 
 
-def test_the_penalty_is_chosen_on_held_out_training_images_and_the_rest_is_refitted():
-  rng = np.random.default_rng(0)
-  labels = rng.integers(0, 3, 200)
-  x = rng.normal(size=(200, 5))
-  calls: list = []
+def test_the_penalty_is_chosen_on_held_out_training_images_and_the_rest_is_refitted(problem):
+  g, (x, y) = problem
+  held = probe.hold_out(y, np.random.default_rng(7))
+  every = linear.logistic_regression(x[~held], y[~held], C=g["C"])
+  logits = np.einsum("nd,pkd->pnk", x[held], every.coef) + every.intercept[:, None]
+  correct = np.sum(np.argmax(logits, axis=2) == y[held], axis=1)
+  best = g["C"][np.argmax(correct)]  # of equals the smallest: they ascend
+  shuffled = tuple(np.random.default_rng(0).permutation(g["C"]).tolist())
+  got = probe.score(x, y, g["features"], g["labels"], penalties=shuffled, rng=np.random.default_rng(7))
+  assert got.chosen == {"C": best}
+  all_of_it = linear.logistic_regression(x, y, C=best)
+  want = np.argmax(g["features"] @ all_of_it.coef[0].T + all_of_it.intercept[0], axis=1)
+  np.testing.assert_array_equal(got.answers, want)
 
-  def fit(features, given, *, C, num_classes):
-    calls.append((len(features), C))
-    coef = np.zeros((np.size(C), num_classes, 5))
-    intercept = np.eye(num_classes)[np.arange(np.size(C)) % num_classes]  # penalty p answers class p
-    return linear.LogisticRegression(coef, intercept, np.zeros(1), np.zeros(1))
 
-  held = probe.hold_out(labels, np.random.default_rng(7))
-  best = np.argmax(np.bincount(labels[held], minlength=3))
-  penalties = (0.1, 1.0, 10.0)
-  got = probe.score(x, labels, x, labels, penalties=penalties, rng=np.random.default_rng(7), fit=fit)
-  assert calls == [(180, penalties), (200, penalties[best])]
-  assert got.chosen == {"C": penalties[best]} and (got.answers == 0).all() and got.among_five.all()
+def test_penalties_far_above_the_best_are_not_tried(problem, monkeypatch):
+  g, (x, y) = problem
+  held = probe.hold_out(y, np.random.default_rng(7))
+  chosen, tried = linear.choose_penalty(x, y, held, g["C"], 5)
+  assert tried == len(g["C"])  # by eight in a row there is none of the twelve that is left out
+  monkeypatch.setattr(linear, "_PATIENCE", 2)
+  linear._count_correct.clear_cache()
+  again, fewer = linear.choose_penalty(x, y, held, g["C"], 5)
+  assert again == chosen and fewer == np.flatnonzero(g["C"] == chosen)[0] + 1 + 2 < tried
+  linear._count_correct.clear_cache()
 
 
 def test_intervals_are_those_of_the_papers():

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from ssl_jax.evaluation.knn import check_finite
 _STEPS, _ROUNDS = 100, 20  # steps of L-BFGS in the same coordinates, and how often these are renewed
 _TOLERANCE = {8: 1e-8, 4: 1e-6}  # of the objective, by the bytes of a number: where the solver stops
 _TOLD = 100  # times that: a gap that a user is warned of
+_CHOICE = 1e-4  # of the objective, where penalties are compared by the answers: more digits change next to none of them
+_PATIENCE = 8  # penalties in a row without a better one, after which larger C are not tried
 # Bytes of the features' rows that are made wide and centred at once. 4 MiB stay in a CPU's cache; for accelerators
 # 256 MiB, since blocks follow one after the other and small ones leave them idle (chosen by size, not measured).
 _BLOCK, _BLOCK_OF_ACCELERATORS = 4 << 20, 256 << 20
@@ -86,18 +89,14 @@ def logistic_regression(
     raise ValueError(f"C must be positive and finite, a number or [P], got {C!r}.")
   check_finite(features=x)
 
-  wide = jax.default_backend() in ("cpu", "gpu")  # TPUs have no float64 of their own
-  with jax.enable_x64(wide):
-    dtype = np.float64 if wide else np.float32
-    mean = x.mean(axis=0, dtype=dtype)
-    order, at_once = np.argsort(penalties), _BLOCK if jax.default_backend() == "cpu" else _BLOCK_OF_ACCELERATORS
-    block = min(len(x), max(1, at_once // (mean.itemsize * len(mean))))
-    x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)  # wide a block at a time, and never all
-    found = _solve(jnp.asarray(x), mean, jnp.asarray(y), jnp.asarray(penalties[order], dtype), num_classes, block)
+  order = np.argsort(penalties)
+  with jax.enable_x64(_is_wide()):
+    x, mean, block = _prepared(x)
+    found = _solve(x, mean, jnp.asarray(y), jnp.asarray(penalties[order], mean.dtype), num_classes, block)
     coef, intercept, objective, gap = (np.asarray(part)[np.argsort(order)] for part in found)
   intercept = intercept - coef @ mean
   solution = LogisticRegression(coef, intercept - intercept.mean(axis=1, keepdims=True), objective, gap)
-  if (missed := solution.gap > _TOLD * _TOLERANCE[np.dtype(dtype).itemsize]).any():
+  if (missed := solution.gap > _TOLD * _TOLERANCE[mean.itemsize]).any():
     those = ", ".join(f"{c:g}" for c in np.sort(penalties[missed]))
     warnings.warn(
       f"logistic regression with C = {those} did not reach its minimum in {_STEPS * _ROUNDS} steps: the objective may "
@@ -107,14 +106,82 @@ def logistic_regression(
   return solution
 
 
+def choose_penalty(
+  features: np.ndarray, labels: np.ndarray, held: np.ndarray, penalties: Sequence[float], num_classes: int
+) -> tuple[float, int]:
+  """The C whose classifier of the other rows gives the held-out ones most right answers; of equals the smallest.
+
+  They are tried in ascending order, until eight in a row were not better than the best before them: the largest take
+  nearly all of the time, as their minima lie far out, and answer no better.
+
+  Args:
+    features: float [N, d].
+    labels: int [N], in [0, num_classes); those of the rows that are not held out have to be two classes at least.
+    held: bool [N], which rows are held out: some, and not all.
+    penalties: positive.
+    num_classes: as above.
+
+  Returns:
+    (C, how many were tried).
+  """
+  check_finite(features=features)
+  ordered = np.sort(np.asarray(penalties))
+  with jax.enable_x64(_is_wide()):
+    x, mean, block = _prepared(features[~held])
+    others = features[held].astype(mean.dtype) - mean
+    given = x, mean, jnp.asarray(labels[~held]), jnp.asarray(others), jnp.asarray(labels[held])
+    correct = np.asarray(_count_correct(*given, jnp.asarray(ordered, mean.dtype), num_classes, block))
+  return float(ordered[np.argmax(correct)]), int(np.sum(correct >= 0))
+
+
+def _is_wide():
+  return jax.default_backend() in ("cpu", "gpu")  # TPUs have no float64 of their own
+
+
+def _prepared(x):
+  """(features on the device, their mean in the type of the computation, how many rows are widened at once)."""
+  mean = x.mean(axis=0, dtype=np.float64 if _is_wide() else np.float32)
+  at_once = _BLOCK if jax.default_backend() == "cpu" else _BLOCK_OF_ACCELERATORS
+  block = min(len(x), max(1, at_once // (mean.itemsize * len(mean))))
+  x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)  # wide a block at a time, and never all
+  return jnp.asarray(x), mean, block
+
+
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _solve(x, mean, y, penalties, num_classes, block):
   """(coef, intercept, objective, gap) of features x and their mean, for penalties in ascending order.
 
-  Features are centred, and widened to the mean's type, a block of rows at a time.
-
   One after the other, each from the last one's solution. Six at a time side by side (vmap) took three times as long on
   a CPU: they need from 2 to 1,000 steps, and each waits for the slowest of its six.
+  """
+  zeros, solve = _solver(x, mean, y, num_classes, block, _TOLERANCE[mean.dtype.itemsize])
+  return lax.scan(solve, zeros, penalties)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _count_correct(x, mean, y, held_x, held_y, penalties, num_classes, block):
+  """How many of the held-out rows, centred, are answered right with each of the ascending penalties; -1: not tried."""
+  zeros, solve = _solver(x, mean, y, num_classes, block, _CHOICE)
+
+  def tried(start, c):
+    (w, b), _ = solve(start, c)
+    answers = jnp.argmax(jnp.matmul(held_x, w, precision=lax.Precision.HIGHEST) + b[None], axis=1)
+    return (w, b), jnp.sum(answers == held_y)
+
+  def along(carry, c):
+    start, most, behind = carry
+    skipped = lambda start, c: (start, jnp.full_like(most, -1))  # noqa: E731
+    start, correct = lax.cond(behind < _PATIENCE, tried, skipped, start, c)
+    behind = jnp.where(correct > most, 0, behind + 1)
+    return (start, jnp.maximum(most, correct), behind), correct
+
+  return lax.scan(along, (zeros, jnp.sum(held_y < 0) - 1, 0), penalties)[1]
+
+
+def _solver(x, mean, y, num_classes, block, tolerance):
+  """((w, b) to start from, (start, C) -> ((w, b), (coef, intercept, objective, gap))).
+
+  Features are centred, and widened to the mean's type, a block of rows at a time.
   """
   (n, d), dtype = x.shape, mean.dtype
   matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -143,7 +210,7 @@ def _solve(x, mean, y, penalties, num_classes, block):
   else:
     curvature, axes = jnp.linalg.eigh(total(lambda rows, *_: matmul(rows.T, rows)))
   curvature = jnp.maximum(curvature, 0)  # as it is but for rounding
-  optimizer, tolerance = optax.lbfgs(memory_size=20), _TOLERANCE[dtype.itemsize]
+  optimizer = optax.lbfgs(memory_size=20)
 
   def losses(w, b):
     """The sum of cross-entropies, whose gradient comes with it in one pass over the features."""
@@ -206,5 +273,4 @@ def _solve(x, mean, y, penalties, num_classes, block):
     )
     return (w, b), (w.T, b, value, gap)
 
-  zeros = jnp.zeros((d, num_classes), dtype), jnp.zeros(num_classes, dtype)
-  return lax.scan(solve, zeros, penalties)[1]
+  return (jnp.zeros((d, num_classes), dtype), jnp.zeros(num_classes, dtype)), solve

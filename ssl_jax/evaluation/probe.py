@@ -4,13 +4,12 @@ As in eval/log_regression.py of facebookresearch/dinov2: logistic regression on 
 not normalised; of 45 penalties the best on a held-out tenth of the training images; refitted on all of them.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ssl_jax.errors import UserError
-from ssl_jax.evaluation.linear import logistic_regression
+from ssl_jax.evaluation.linear import choose_penalty, logistic_regression
 from ssl_jax.evaluation.scores import Scored, scored
 
 PENALTIES = tuple(np.logspace(-6, 5, 45).tolist())  # C
@@ -105,17 +104,11 @@ def score(
   *,
   penalties: tuple[float, ...],
   rng: np.random.Generator,
-  fit: Callable[..., Any] = logistic_regression,
 ) -> Scored:
   """The answers of the refitted classifier, and its C. See the file's first lines."""
   num_classes = int(labels.max()) + 1
   chosen = penalties[0]
   if len(penalties) > 1:
-    held = hold_out(labels, rng)
-    found = fit(features[~held], labels[~held], C=penalties, num_classes=num_classes)
-    logits = np.einsum("nd,pkd->pnk", features[held], found.coef, optimize=True) + found.intercept[:, None]
-    correct = np.sum(np.argmax(logits, axis=2) == labels[held], axis=1)
-    best = max(range(len(penalties)), key=lambda p: (correct[p], -penalties[p]))  # of equals the smallest C
-    chosen = penalties[best]
-  found = fit(features, labels, C=chosen, num_classes=num_classes)
+    chosen, _ = choose_penalty(features, labels, hold_out(labels, rng), penalties, num_classes)
+  found = logistic_regression(features, labels, C=chosen, num_classes=num_classes)
   return scored(test_features @ found.coef[0].T + found.intercept[0], test_labels, {"C": chosen})
