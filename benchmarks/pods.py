@@ -4,7 +4,8 @@
   PYTHONPATH=. tpu/bin/python benchmarks/pods.py --recipes mae_imagenet:base --topologies v5e:4x4 v6e:8x8
 
 No TPU is needed: the compiler is a package, and the devices are described to it. One row is a recipe on a slice: what
-the step holds, computes and sends a chip, and the least time that it can take by the chip's data sheet,
+the step holds, computes and sends a chip, the cycles that the compiler expects it to take and where they go, and the
+least time that it can take by the chip's data sheet,
 
     max(model's FLOPs / peak, bytes / bandwidth of the memory) + bytes sent / bandwidth of all links,
 
@@ -25,7 +26,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for the me
 
 import common
 import jax
-from compiled import collectives, trace_step
+from compiled import collectives, expected_cycles, trace_step
 from jax.experimental import topologies
 
 from ssl_jax import flops, parallel
@@ -67,7 +68,8 @@ def figures(program, row, mesh, dtype, topology):
   """What a compiled program holds, sends and needs, a chip."""
   memory = program.memory_analysis()
   inputs, outputs, temporary = (getattr(memory, f"{x}_size_in_bytes") for x in ("argument", "output", "temp"))
-  found = collectives(program.as_text(), mesh.size)
+  text = program.as_text()
+  found = collectives(text, mesh.size)
   sent = {late: sum(sent for kind, (_, sent) in found.items() if ("-start" in kind) == late) for late in (False, True)}
   _, bandwidth, links = CHIPS[topology.split(":")[0]]
   compute = row["model_flops"] / flops.peak(mesh.devices.flat[0].device_kind, dtype)
@@ -75,7 +77,9 @@ def figures(program, row, mesh, dtype, topology):
   least = max(compute, moving, sent[True] / links) + waiting
   # What is donated is held once: the new state takes the old one's place. The program itself lies in the same memory.
   held = inputs + outputs - memory.alias_size_in_bytes + temporary + memory.generated_code_size_in_bytes
-  return dict(held=held, temporary=temporary, flops=program.cost_analysis()["flops"], collectives=found) | dict(
+  flops_of_it = program.cost_analysis()["flops"]
+  counted = dict(held=held, temporary=temporary, flops=flops_of_it, collectives=found, cycles=expected_cycles(text))
+  return counted | dict(
     compute_seconds=compute, memory_seconds=moving, waiting_seconds=waiting, least_seconds=least, mfu=compute / least
   )
 
@@ -114,7 +118,11 @@ def in_words(row):
   line += f" (the program's own: {row['flops'] / 1e12:.2f}); sent: "
   line += ", ".join(f"{count} {kind} of {sent / 1e6:,.0f} MB" for kind, (count, sent) in row["collectives"].items())
   parts = (f"{1e3 * row[f'{part}_seconds']:.1f} ms {part}" for part in ("compute", "memory", "waiting"))
-  return line + f"; {', '.join(parts)}, so at least {1e3 * row['least_seconds']:.1f} ms: MFU at most {row['mfu']:.0%}"
+  line += f"; {', '.join(parts)}, so at least {1e3 * row['least_seconds']:.1f} ms: MFU at most {row['mfu']:.0%}"
+  cycles = sum(row["cycles"].values())
+  shares = sorted(row["cycles"].items(), key=lambda item: -item[1])
+  line += f"; the compiler expects {cycles / 1e6:.1f} million cycles: "
+  return line + ", ".join(f"{part} {share / cycles:.0%}" for part, share in shares)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,33 @@ import pytest
 
 from runs import ROOT
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import compiled
+
+PIECES = '"async_collective_fusion_config":{"flag_start":'
+PROGRAM = f"""
+%fused {{
+  %all-gather.1 = f32[256,2,384]{{2,0,1}} all-gather(%p), channel_id=1, backend_config={{{PIECES}"-1"}}}}
+}}
+%fused.1 {{
+  %all-gather.2 = f32[256,2,384]{{2,0,1}} all-gather(%p), channel_id=1, backend_config={{{PIECES}"2"}}}}
+}}
+
+ENTRY %main {{
+  %all-reduce.1 = (f32[1000]{{0}}, f32[24]{{0}}) all-reduce(%a, %b), channel_id=2, backend_config={{{PIECES}"-1"}}}}
+  %all-reduce.2 = (f32[8]{{0}}, f32[8]{{0}}) all-reduce-start(%c), channel_id=3
+  %fusion.1 = f32[8] fusion(%c), metadata={{op_name="jit(f)/shard_map/jvp(Net)/attn/dot"}}, {{"estimated_cycles":"70"}}
+  %fusion.2 = f32[8] fusion(%c), metadata={{op_name="jit(f)/add"}}, backend_config={{"estimated_cycles":"30"}}
+}}
+"""
+
+
+def test_a_collective_in_pieces_counts_once_and_as_asynchronous():
+  found = compiled.collectives(PROGRAM, 4)
+  gathered, reduced, late = 4 * 256 * 2 * 384 * 3 / 4, 2 * 4 * 1024 * 3 / 4, 2 * 4 * 8 * 3 / 4
+  assert found == {"all-gather-start": (1, gathered), "all-reduce": (1, reduced), "all-reduce-start": (1, late)}
+  assert compiled.expected_cycles(PROGRAM) == {"attention": 70, "update": 30}
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(
