@@ -137,6 +137,15 @@ def restore_encoder(workdir: str | os.PathLike, step: int | None = None) -> Rest
   return Restored(run.encoder, variables, run.step, run.config, eval_view, extractor, untrained)
 
 
+def with_mask_token(run: RestoredRun) -> tuple[nn.Module, Any]:
+  """The encoder that a run evaluates and its variables, with DINOv2's mask token, which evaluation has no use for."""
+  variables = run.method.encoder(run.params, run.state)
+  if "mask_token" not in run.params.get("encoder", {}):
+    return run.encoder, variables
+  mask_token = run.state.teacher_params["encoder"]["mask_token"]
+  return run.encoder.clone(mask_token=True), {"params": {**variables["params"], "mask_token": mask_token}}
+
+
 def restore_optimizer(workdir: str | os.PathLike, step: int) -> Any:
   """The optimizer's state of a checkpoint that `restore_run` has found, which raises what this may raise."""
   workdir = pathlib.Path(workdir)

@@ -25,7 +25,7 @@ from ssl_jax.commands import duplicates, embed, encoders
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import embeddings, neighbours
 from ssl_jax.evaluation.features import Features
-from ssl_jax.models import resnet
+from ssl_jax.models import resnet, vit
 from ssl_jax.run import cli, cluster
 from ssl_jax.weights import export, layouts, released
 
@@ -247,6 +247,16 @@ def test_other_peoples_folders_and_files_say_it_or_have_to_be_told(tmp_path):
   variables, _ = make(model, "safetensors", channels=3)
   safetensors.numpy.save_file(layouts.whole_state(model, variables), path)
   assert export.shape_of(released.read(path, **sight).encoder) == export.shape_of(model)
+
+
+@pytest.mark.parametrize("target", ["timm", "hf"])
+def test_dinov2s_parts_are_seen_in_its_weights(tmp_path, target):
+  parts = dict(registers=2, layer_scale=1e-5, ffn="swiglu", mlp_ratio=3, resize="antialiased")
+  model = vit.ViT(patch_size=4, dim=24, depth=1, heads=3, image_size=16, **parts)
+  _, made = make(model, target, VIEW, channels=1)
+  del made.config["ssl_jax"]
+  export.write(made, tmp_path / "out")
+  assert export.shape_of(released.read(tmp_path / "out").encoder) == export.shape_of(model)
 
 
 def test_an_altered_copy_is_as_the_page_says():

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from test_config import by_name, recipe
 
-from ssl_jax import convert, load_weights, restore
+from ssl_jax import build, convert, load_weights, restore
 from ssl_jax.augment import EvaluationView
 from ssl_jax.commands import export as command
 from ssl_jax.errors import UserError
@@ -18,7 +19,7 @@ from ssl_jax.methods import mae
 from ssl_jax.models import resnet, vit
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.run import cli
-from ssl_jax.weights import export, files, layouts
+from ssl_jax.weights import export, files, layouts, proof
 
 VIEW = EvaluationView(20, 16, "bilinear", mean=(0.5,), std=(0.2,))
 SHAPE = dict(patch_size=4, dim=24, depth=2, heads=3, image_size=16)
@@ -47,15 +48,44 @@ def test_fixed_positions_are_written_out_and_timm_is_told_where_the_mean_is_take
   assert (images["interpolation"], math.floor(16 / images["crop_pct"])) == ("bilinear", 20)
 
 
-def test_a_vit_with_parts_of_its_own_is_written_as_arrays_that_only_we_load(tmp_path):
-  model = vit.ViT(**SHAPE, registers=2, layer_scale=1e-5, ffn="swiglu", resize="antialiased")
-  with pytest.raises(UserError, match="timm's class for a plain ViT has no resize or registers or layer_scale or ffn"):
-    make(model, "timm")
+def test_a_vit_with_parts_of_its_own_comes_back_as_the_model_card_has_it(tmp_path):
+  model = vit.ViT(**SHAPE, registers=2, layer_scale=1e-5, ffn="swiglu", resize="antialiased", mask_token=True)
   variables, made = make(model, "safetensors")
   export.write(made, tmp_path / "out")
-  again = eval(export.in_python(model), {"vit": vit})  # as the model card has it
+  again = eval(export.in_python(model), {"vit": vit})
   loaded = load_weights(tmp_path / "out", again).variables
   jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+@pytest.mark.parametrize(
+  "parts, timm, hf",
+  [
+    ({}, "vit_base_patch16_224", "ViTModel"),
+    (dict(layer_scale=0.1), "vit_base_patch14_dinov2", "Dinov2Model"),
+    (dict(layer_scale=0.1, registers=2), "vit_base_patch14_reg4_dinov2", "Dinov2WithRegistersModel"),
+    (dict(layer_scale=0.1, ffn="swiglu"), "vit_giant_patch14_dinov2", "Dinov2Model"),
+  ],
+)
+def test_the_encoders_parts_decide_the_class_and_what_it_has_no_place_for_is_named(parts, timm, hf):
+  model = vit.ViT(**{**SHAPE, "depth": 1}, mask_token=True, features="mean", **parts)
+  variables, made = make(model, "timm")
+  args, registers = made.config["model_args"], parts.get("registers", 0)
+  assert made.config["architecture"] == timm and made.left_out == ("mask_token",)
+  assert (args.get("init_values"), args.get("reg_tokens", 0)) == (parts.get("layer_scale"), registers)
+  assert args["mlp_ratio"] == (2 * 64 / 24 if "ffn" in parts else 4)
+  made = export.make(model, variables, VIEW, "hf", channels=1, facts={})
+  assert made.config["architectures"] == [hf] and made.config.get("num_register_tokens", 0) == registers
+  assert made.config.get("use_swiglu_ffn", False) == ("ffn" in parts)
+  assert made.left_out == (() if parts else ("mask_token",))
+  assert ("embeddings.mask_token" in made.state) == bool(parts)
+  assert ("add_pooling_layer" in made.usage) == (not parts) and f"[:, {1 + registers}:].mean(1)" in made.usage
+
+
+def test_timm_computes_the_width_of_a_swiglu_from_its_ratio():
+  for dim in range(8, 2000, 8):
+    for ratio in (2, 3.3, 4):
+      _, args = export._timm_vit(vit.ViT(14, dim, 1, 1, mlp_ratio=ratio, ffn="swiglu"))
+      assert int(dim * json.loads(json.dumps(args["mlp_ratio"]))) == 2 * vit.swiglu_width(dim, ratio)
 
 
 def test_a_norm_behind_the_pooling_is_timms_fc_norm_and_nothing_of_transformers():
@@ -111,6 +141,9 @@ def test_torchvisions_names_there_and_back():
     (resnet.resnet50(width=2), "timm", r"timm has no ResNet of stages=\(3, 4, 6, 3\), width=2"),
     (resnet.resnet50(), "torchvision", "take 3 channels, and the images have 1"),
     (FIXED, "torchvision", "gives the class token, and the features are 'mean'"),
+    (LEARNED.clone(registers=2, ffn="swiglu"), "torchvision", "VisionTransformer has no registers or ffn"),
+    (LEARNED.clone(registers=2), "hf", "Dinov2Model has layer_scale, and this encoder has none"),
+    (LEARNED.clone(layer_scale=1.0, mlp_ratio=3.5), "hf", r"Dinov2Model takes a whole mlp_ratio, .* has 3\.5"),
   ],
 )
 def test_what_a_library_has_no_class_for_is_refused_with_the_reason(model, target, text):
@@ -182,6 +215,37 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(unbroken, tmp_p
 
 def test_features_that_differ_are_an_error(unbroken, tmp_path, monkeypatch):
   monkeypatch.setattr(cli, "say", lambda line: None)
-  monkeypatch.setattr(export, "prove", lambda *args: {"timm 1": float("nan")})
+  monkeypatch.setattr(proof, "prove", lambda *args: {"timm 1": float("nan")})
   with pytest.raises(UserError, match=r"outputs of timm 1 differ by more than 0\.0001: do not use"):
     command.run(unbroken[0], tmp_path / "mine", None, None)
+
+
+@pytest.mark.parametrize("target", ["timm", "hf", "safetensors"])
+def test_a_dinov2_run_goes_out_with_its_teachers_mask_token_where_that_has_a_place(
+  tmp_path, monkeypatch, capsys, target
+):
+  config = recipe(by_name("dinov2_quickstart"))
+  config.encoder.update(dim=12, depth=1, heads=3, layer_scale=1e-5, ffn="swiglu")
+  method, encoder = build.method_of(config, 10, 10)
+  views = [jax.ShapeDtypeStruct((n, 1, size, size, 1), jnp.float32) for n, size in ((2, 28), (4, 16))]
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(method.init, jax.random.key(0), tuple(views))
+  params, state = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  run = restore.RestoredRun(method, encoder, params, state, 9, config, lambda: None)
+  monkeypatch.setattr(restore, "restore_run", lambda *args: run)
+  monkeypatch.setattr(command, "real_images", lambda config, view: (np.zeros((0, 28, 28, 1), np.float32), "none"))
+  command.run(tmp_path, tmp_path / "out", target, None)
+  teacher, model = state.teacher_params["encoder"], encoder.clone(mask_token=target != "timm")
+  loaded = load_weights(tmp_path / "out", model).variables["params"]
+  told = "left out, since this layout has no place for it: mask_token" in capsys.readouterr().out
+  assert told == ("Without mask_token" in (tmp_path / "out" / "README.md").read_text()) == (target == "timm")
+  assert ("mask_token" in loaded) == (target != "timm")
+  if target == "timm":  # which adds the class token's position to it
+    moved = teacher["pos_embed"] * (np.arange(50) == 0)[None, :, None]
+    teacher = teacher | dict(cls_token=teacher["cls_token"] + moved[:, :1], pos_embed=teacher["pos_embed"] - moved)
+  for name in loaded:
+    jax.tree.map(np.testing.assert_array_equal, loaded[name], teacher[name])
+  (tmp_path / "checkpoints").mkdir()
+  again = load_weights(tmp_path, model).variables["params"]  # of the run itself
+  assert again.keys() == loaded.keys()
+  jax.tree.map(np.testing.assert_array_equal, again["blocks_0"], loaded["blocks_0"])

@@ -17,7 +17,8 @@ import train
 from ssl_jax import build, optim, restore, training
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
-from ssl_jax.weights import layouts
+from ssl_jax.models import vit
+from ssl_jax.weights import initial, layouts
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENCODERS = {  # where each method keeps one: parameters, batch statistics
@@ -72,8 +73,9 @@ def same(a, b):
 def test_every_encoder_of_a_method_starts_with_the_weights_and_nothing_else_changes(tmp_path, name):
   run = fake_run(recipe(name))
   before = run.init()
-  variables = jax.tree.map(lambda x: x + 1, run.method.encoder(before.params, before.state))
-  safetensors.numpy.save_file(layouts.whole_state(run.encoder, variables), tmp_path / "x.safetensors")
+  encoder, variables = restore.with_mask_token(types.SimpleNamespace(**vars(run), **before._asdict()))  # DINOv2's
+  variables = jax.tree.map(lambda x: x + 1, variables)
+  safetensors.numpy.save_file(layouts.whole_state(encoder, variables), tmp_path / "x.safetensors")
   run.config.init_from = str(tmp_path / "x.safetensors")
   after, told = build.first_state(run)
   for params, stats in ENCODERS[name]:
@@ -82,8 +84,8 @@ def test_every_encoder_of_a_method_starts_with_the_weights_and_nothing_else_chan
   changed = sum(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
   assert changed == len(ENCODERS[name]) * len(jax.tree.leaves(variables))
   (left,) = (line for line in told if "initialised at random, as without weights: " in line)
-  for network in ("params", "state.teacher_params"):  # DINOv2's encoders alone have a part that no file has
-    assert (f"{network}.encoder.mask_token" in left) == (name == "dinov2_quickstart"), left
+  assert "encoder" not in left
+  assert ("mask_token" in after.params["encoder"]) == (name == "dinov2_quickstart")
 
 
 def test_without_weights_a_run_starts_as_it_did():
@@ -115,6 +117,21 @@ def test_a_run_of_the_same_method_gives_all_but_its_optimizer(unbroken):
     UserError, match=r"params\.projector\.linear2\.kernel: there \(16, 8\), here \(16, 4\).*export it"
   ):
     build.first_state(run)
+
+
+@pytest.mark.parametrize("resize", ["offset", "antialiased"])
+def test_a_run_of_the_same_method_at_another_size_resizes_positions_as_its_encoder_does(tmp_path, monkeypatch, resize):
+  positions = np.random.default_rng(0).normal(size=(1, 17, 8)).astype(np.float32)
+  method = types.SimpleNamespace(name="dinov2", get=lambda key: None)
+  tree = lambda x: {"encoder": {"pos_embed": jnp.asarray(x)}}  # noqa: E731
+  there = types.SimpleNamespace(params=tree(positions), state={}, step=1, config=types.SimpleNamespace(method=method))
+  monkeypatch.setattr(restore, "restore_run", lambda path: there)
+  (tmp_path / "checkpoints").mkdir()
+  begun = training.TrainState(0, tree(np.zeros((1, 10, 8))), {}, None)
+  after, told = initial.start_from(tmp_path, begun, vit.ViT(4, 8, 1, 1, image_size=12, resize=resize), method, 3)
+  want = vit.interpolate_positions(jnp.asarray(positions), 3, 3, antialias=resize == "antialiased")
+  np.testing.assert_array_equal(after.params["encoder"]["pos_embed"], want)
+  assert "params.encoder.pos_embed: interpolated for 3x3 patches" in told
 
 
 def test_moments_are_taken_along_where_that_is_asked_and_schedules_begin_anew(unbroken):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from trajectories import error, named_variables
 
 import ssl_jax
 from ssl_jax import convert, load_weights, restore
+from ssl_jax.augment import EvaluationView
 from ssl_jax.errors import UserError
 from ssl_jax.models import resnet, vit
 from ssl_jax.models.heads import DINOHead
-from ssl_jax.weights import layouts
+from ssl_jax.weights import export, layouts
 
 DINO = vit.ViT(patch_size=8, dim=48, depth=3, heads=3, image_size=32)
 TINY_RESNET = resnet.ResNet(stages=(1, 2), width=0.125)
@@ -71,6 +73,91 @@ def test_dinos_checkpoint_gives_the_teacher_and_the_rest_beside_it(dino, golden)
   text = "\n".join(loaded.report)
   assert "left out: optimizer" in text and "read teacher.backbone.*" in text
   assert "not loaded, in extra: teacher.head.*, 8 arrays" in text
+
+
+DINOV2 = vit.ViT(patch_size=4, dim=48, depth=3, heads=3, image_size=16, layer_scale=1e-5, mask_token=True)
+WITH_REGISTERS = DINOV2.clone(registers=4, resize="antialiased", ffn="swiglu")
+
+
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def dinov2_file(folder, g, variant, rename=""):
+  """The weights alone, as released, or the teacher of a training run, whose blocks are in chunks."""
+  state = {}
+  for name, shape in zip(g[f"{variant}/param_names"], g[f"{variant}/param_shapes"], strict=True):
+    value = named_weight(f"dinov2_vit/{variant}/{name}", tuple(map(int, re.findall(r"\d+", shape))))
+    state[re.sub(r"^blocks\.", rename, str(name)) if rename else str(name)] = value
+  if rename:
+    head = {"dino_head.last_layer.weight_g": np.ones((8, 1), np.float32)}
+    state = {"teacher": {f"backbone.{name}": x for name, x in state.items()} | head, "iteration": 9}
+  return torch_files.save(folder / f"{variant}.pth", state)
+
+
+@pytest.mark.parametrize(
+  "variant, model, rename", [slow("plain_mlp", DINOV2, ""), ("reg4_swiglu", WITH_REGISTERS, "blocks.0.")]
+)
+def test_dinov2s_files_give_the_official_tokens_with_and_without_masks(golden, tmp_path, variant, model, rename):
+  g = golden("dinov2_vit")
+  path = dinov2_file(tmp_path, g, variant, rename)
+  loaded = load_weights(path, model)
+  tokens = jax.jit(functools.partial(model.apply, method="tokens"))
+  images, want = named_images("dinov2_vit/images_native", (2, 16, 16, 3)), f"{variant}/masked_native"
+  got = tokens(loaded.variables, images, masked=g[f"{want}/mask"])
+  assert error(got[:, 0], g[f"{want}/cls"]) < 1e-5 and error(got[:, -16:], g[f"{want}/patches"]) < 1e-5
+  larger = load_weights(path, model.clone(image_size=24), resize_positions=True)
+  resized = larger.variables["params"]["pos_embed"]
+  assert error(resized[0, 1:], g[f"{variant}/larger/position_patches"]) < 1e-6
+  where = "teacher.backbone.* of " if rename else ""
+  assert f"read {where}{path}, in the layout of DINOv2{' with registers' if rename else ''}: " in loaded.report[0]
+  assert loaded.extra.keys() == ({"teacher.dino_head.last_layer.weight_g"} if rename else set()), loaded.extra
+
+
+def test_a_mask_token_is_beside_where_the_model_has_none_and_zeros_where_the_file_has_none(golden, tmp_path):
+  path = dinov2_file(tmp_path, golden("dinov2_vit"), "plain_mlp")
+  loaded = load_weights(path, DINOV2.clone(mask_token=False))
+  assert loaded.extra.keys() == {"mask_token"} and "not loaded, in extra: mask_token" in loaded.report
+  state = layouts.whole_state(DINOV2.clone(mask_token=False), loaded.variables)
+  safetensors.numpy.save_file(state, tmp_path / "without.safetensors")
+  loaded = load_weights(tmp_path / "without.safetensors", DINOV2)
+  assert not loaded.variables["params"]["mask_token"].any()
+  assert "mask token: there is none, and the model's is zeros, as DINOv2 begins" in loaded.report
+
+
+@pytest.mark.parametrize(
+  "variant, model, wrong", [("plain_mlp", DINOV2, "antialiased"), ("reg4_swiglu", WITH_REGISTERS, "offset")]
+)
+def test_a_model_that_resizes_positions_otherwise_than_dinov2s_is_told(golden, tmp_path, variant, model, wrong):
+  report = load_weights(dinov2_file(tmp_path, golden("dinov2_vit"), variant), model.clone(resize=wrong)).report
+  assert f"registers have resize='{model.resize}', and this one has '{wrong}'" in report[0]
+
+
+LIBRARIES = {  # as make_dinov2_models.py made them
+  "dinov2": ("transformers' Dinov2Model", dict(mask_token=True)),
+  "dinov2_with_registers": (
+    "transformers' Dinov2WithRegistersModel",
+    dict(mask_token=True, registers=3, ffn="swiglu", resize="antialiased"),
+  ),
+  "timm_reg": ("timm's DINOv2 with registers, where", dict(registers=3, ffn="swiglu", resize="antialiased")),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_other_libraries_dinov2_gives_their_features_and_goes_back_bit_for_bit(golden, tmp_path, name):
+  g, (layout, parts) = golden("dinov2_models"), LIBRARIES[name]
+  model = vit.ViT(patch_size=4, dim=24, depth=1, heads=3, image_size=16, layer_scale=1e-5, **parts)
+  state = {
+    str(key): named_weight(f"{name}/{key}", tuple(map(int, re.findall(r"\d+", shape))))
+    for key, shape in zip(g[f"{name}/names"], g[f"{name}/shapes"], strict=True)
+  }
+  loaded = load_weights(save(tmp_path / "in", state), model)
+  assert f", in the layout of {layout}" in loaded.report[0] and not loaded.extra
+  assert error(features(model, loaded.variables, named_images(name, (2, 16, 16, 3))), g[f"{name}/features"]) < 1e-5
+  view = EvaluationView(20, 16, mean=(0.5,) * 3, std=(0.2,) * 3)
+  target = "timm" if name == "timm_reg" else "hf"
+  again = export.make(model, loaded.variables, view, target, channels=3, facts={}).state
+  assert again.keys() == state.keys() and all(np.array_equal(again[key], state[key]) for key in state)
 
 
 def test_maes_file_fits_its_fixed_positions_and_no_other(golden, tmp_path):
@@ -188,7 +275,7 @@ def test_what_does_not_fit_is_an_error_that_names_it_and_both_models(golden, tmp
   refused(state, DINO.clone(patch_size=4, image_size=16), r"patch_embed.proj.weight: file \(48, 3, 8, 8\), model")
   refused(state, TINY_RESNET, "holds no ResNet that is known here, but a ViT")
   refused({"w": np.zeros(2, np.float32)}, DINO, "holds no ViT that is known here, but names that begin with w")
-  refused(state | {"blocks.0.ls1.gamma": np.ones(48, np.float32)}, DINO, "1 unexpected .*blocks.0.ls1.gamma")
+  refused(state | {"blocks.0.ls1.gamma": np.ones(48, np.float32)}, DINO, "layer_scale=1e-05.*1 unexpected .*ls1.gamma")
   refused({k: v for k, v in state.items() if k != "norm.bias"}, DINO, "1 missing .*norm.bias")
   refused({k: v for k, v in state.items() if k != "pos_embed"}, DINO, "missing.*positions='row_first'")
   refused(state | {"cls_token": np.full((1, 1, 48), np.nan, np.float32)}, DINO, "not finite, in cls_token")

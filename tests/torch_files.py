@@ -1,5 +1,6 @@
 """Writes PyTorch's zip format without PyTorch, whatever is to be in it."""
 
+import collections
 import io
 import pickle
 import zipfile
@@ -53,7 +54,8 @@ class _Pickler(pickle._Pickler):
       key = str(len(self.storages))
       self.storages[key] = obj.storage
       kind = Global("torch", _TYPES[obj.storage.dtype.name])
-      self.save_reduce(Global("torch._utils", "_rebuild_tensor_v2"), (_Key(key, kind, obj.storage.size), *obj[1:]))
+      arguments = (_Key(key, kind, obj.storage.size), *obj[1:], False, collections.OrderedDict())
+      self.save_reduce(Global("torch._utils", "_rebuild_tensor_v2"), arguments)
     else:
       super().save(obj, save_persistent_id)
 
@@ -73,6 +75,7 @@ def save(path, tree):
   _Pickler(text, storages).dump(tree)
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("archive/data.pkl", text.getvalue())
+    file.writestr("archive/version", "3\n")  # PyTorch opens none without it
     for key, values in storages.items():
       file.writestr(f"archive/data/{key}", values.tobytes())
   return path

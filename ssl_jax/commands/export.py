@@ -8,8 +8,9 @@ too. Where the library is installed, the folder is loaded by it, and the differe
 
   --workdir=DIR        the run
   --out=DIR            the folder to write, new or empty
-  --to=TARGET          timm, hf (ViTModel, ResNetModel), hf_mae (ViTMAEForPreTraining, with the decoder), torchvision or
-                       safetensors (the arrays alone); by default timm, or safetensors where timm has no class
+  --to=TARGET          timm, hf (ViTModel, Dinov2Model, Dinov2WithRegistersModel or ResNetModel, by the encoder), hf_mae
+                       (ViTMAEForPreTraining, with the decoder), torchvision or safetensors (the arrays alone); by
+                       default timm, or safetensors where timm has no class
   --step=N             which checkpoint; by default the newest
 """
 
@@ -28,7 +29,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.run import cli, log
 from ssl_jax.run.workdir import read_resolved
-from ssl_jax.weights import export
+from ssl_jax.weights import export, proof
 
 _IMAGES = 8  # that are compared
 # Which of a method's encoders its evaluation takes, and so an export.
@@ -52,8 +53,8 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
   """Exports. Returns the exit status."""
   restored = restore.restore_run(workdir, step)
   check_writable("--out", out / "model.safetensors")
-  config, encoder = restored.config, restored.encoder
-  variables = jax.device_get(restored.method.encoder(restored.params, restored.state))
+  config, (encoder, variables) = restored.config, restore.with_mask_token(restored)
+  variables = jax.device_get(variables)
   view, channels = configs.eval_view(config), config.data.channels
   if target is None and (reason := export.why_not(encoder, "timm", channels)):
     target = "safetensors"
@@ -65,7 +66,7 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
   else:
     exported = export.make(encoder, variables, view, target or "timm", channels=channels, facts=facts)
     export.write(exported, out)
-    differences = export.prove(exported, out, encoder, variables, images) if len(images) else {}
+    differences = proof.prove(exported, out, encoder, variables, images) if len(images) else {}
   lines = [
     f"{library}: the outputs for {len(images)} images of {source} differ by at most {value:.1e} of the largest"
     for library, value in differences.items()
@@ -74,13 +75,14 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
     needed = " and ".join(exported.readers)
     missing = f"{needed} and torch are needed here" if needed else "ssl_jax alone loads these arrays"
     lines = [f"nothing was proven: {missing if len(images) else 'there are no images to compare by'}"]
+  left = [f"left out, since this layout has no place for it: {name}" for name in exported.left_out]
   (out / "README.md").write_text(card(out.resolve().name, exported, facts, view, lines))
-  for line in [f"step {restored.step} of {workdir}: {facts['weights']}", *lines]:
+  for line in [f"step {restored.step} of {workdir}: {facts['weights']}", *left, *lines]:
     cli.say(line)
   for path in sorted(out.iterdir()):
     cli.say(f"wrote {path}")
-  if wrong := [library for library, value in differences.items() if not value <= export.TOLERANCE]:
-    raise UserError(f"the outputs of {', '.join(wrong)} differ by more than {export.TOLERANCE:g}: do not use {out}.")
+  if wrong := [library for library, value in differences.items() if not value <= proof.TOLERANCE]:
+    raise UserError(f"the outputs of {', '.join(wrong)} differ by more than {proof.TOLERANCE:g}: do not use {out}.")
   return 0
 
 
@@ -96,7 +98,7 @@ def with_decoder(restored: restore.RestoredRun, view, facts, out: pathlib.Path, 
   params = jax.device_get(restored.params)
   exported = export.make_mae(encoder, decoder, params, view, settings=settings, channels=channels, facts=facts)
   export.write(exported, out)
-  proven = export.prove_mae(out, encoder, decoder, params, images, settings.mask_ratio) if len(images) else {}
+  proven = proof.prove_mae(out, encoder, decoder, params, images, settings.mask_ratio) if len(images) else {}
   return exported, proven
 
 
@@ -136,7 +138,7 @@ def real_images(config, view: augment.EvaluationView) -> tuple[np.ndarray, str]:
 
 
 def card(
-  name: str, exported: export.Exported, facts: dict[str, Any], view: augment.EvaluationView, proof: list[str]
+  name: str, exported: export.Exported, facts: dict[str, Any], view: augment.EvaluationView, checked: list[str]
 ) -> str:
   """The model card, with the header that the Hugging Face Hub reads."""
   library = exported.readers[0] if exported.readers and exported.target != "torchvision" else None
@@ -166,11 +168,12 @@ def card(
       f"({facts['split']}{many}); {values:,} values.",
       "",
       f"- Weights: {facts['weights']}, after step {facts['step']:,}{of} of {facts['batch_size']} images.",
+      *(f"- Without {name}, for which this layout has no place." for name in exported.left_out),
       f"- Images: {look}.",
       f"- Encoder: {shape}.",
       *table,
       *("", "```python", f"import {', '.join(imports)}", "", usage, "```", ""),
-      *(f"Checked when it was written: {line}." for line in proof),
+      *(f"Checked when it was written: {line}." for line in checked),
       "",
     ]
   )

@@ -359,9 +359,14 @@ class SwiGLU(nn.Module):
     dim = x.shape[-1]
     dense = functools.partial(Dense, kernel_init=self.kernel_init, dtype=self.dtype)
     gate = lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]  # noqa: E731
-    hidden = -(-int(int(dim * self.ratio) * 2 / 3) // 8) * 8
+    hidden = swiglu_width(dim, self.ratio)
     gated = (jax.checkpoint(gate) if self.recompute else gate)(dense(2 * hidden, name="w12")(x))
     return dense(dim, name="w3")(gated)
+
+
+def swiglu_width(dim: int, ratio: float) -> int:
+  """Features of each of the two parts, which together have as many values as an MLP of this ratio has."""
+  return -(-int(int(dim * ratio) * 2 / 3) // 8) * 8
 
 
 class LayerScale(nn.Module):

@@ -1,30 +1,24 @@
-"""An encoder as a folder that timm, transformers or torchvision loads, with the proof that features agree."""
+"""An encoder as a folder that timm, transformers or torchvision loads."""
 
-import importlib.metadata
-import importlib.util
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from ssl_jax import convert
 from ssl_jax.augment import EvaluationView
 from ssl_jax.errors import UserError
-from ssl_jax.methods.mae import mask_from_noise
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.models.resnet import ResNet
-from ssl_jax.models.vit import ViT, sincos_positions
+from ssl_jax.models.vit import ViT, sincos_positions, swiglu_width
 from ssl_jax.weights import layouts
 
 TARGETS = ("timm", "hf", "torchvision", "safetensors")  # and "hf_mae", which has a decoder
-TOLERANCE = 1e-4  # of the largest feature: float32 in another order of sums
 _BICUBIC, _BILINEAR = 3, 2  # Pillow's numbers
 _RESNETS = {  # (stages, bottleneck)
   ((2, 2, 2, 2), False): "resnet18",
@@ -42,11 +36,10 @@ _TIMM_VITS = {  # (dim, depth, heads, patch size); any other shape is one of the
   (1024, 24, 16, 16): "vit_large_patch16_224",
   (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
-
-
-# Tokens and maps of the libraries as the features "flat", which keep positions apart.
-_FLAT: dict[type, str] = {ViT: "[:, 1:].flatten(1)", ResNet: ".permute(0, 2, 3, 1).flatten(1)"}
-_PARTS = ("resize", "registers", "layer_scale", "ffn")  # of a ViT, that the libraries' plain classes do not have
+_TIMM_DINOV2 = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}  # likewise
+_DINOV2 = ("registers", "layer_scale", "ffn")  # parts of a ViT, which the libraries' classes for DINOv2 alone have
+_PARTS = ("resize", "mask_token", *_DINOV2)  # that a plain ViT does not have
+_MAPS = ".permute(0, 2, 3, 1).flatten(1)"  # the libraries' maps as the features "flat", which keep positions apart
 
 
 class Exported(NamedTuple):
@@ -59,6 +52,7 @@ class Exported(NamedTuple):
     preprocessor: preprocessor_config.json; None: config.json says it, or there is no library that reads it.
     usage: lines of Python that load it and use it.
     readers: the libraries that load it, the one that it is for first; none: only ours does.
+    left_out: the encoder's arrays that this layout has no place for.
   """
 
   target: str
@@ -67,6 +61,7 @@ class Exported(NamedTuple):
   preprocessor: dict[str, Any] | None
   usage: str
   readers: tuple[str, ...]
+  left_out: tuple[str, ...] = ()
 
 
 def why_not(encoder: nn.Module, target: str, channels: int) -> str:
@@ -74,10 +69,15 @@ def why_not(encoder: nn.Module, target: str, channels: int) -> str:
   if target == "safetensors":
     return ""
   if isinstance(encoder, ViT):
-    if parts := [name for name in _PARTS if getattr(encoder, name) != getattr(ViT, name)]:
-      return f"{target}'s class for a plain ViT has no {' or '.join(parts)}"
+    parts = [name for name in _DINOV2 if getattr(encoder, name) != getattr(ViT, name)]
+    if target == "torchvision" and parts:
+      return f"torchvision's VisionTransformer has no {' or '.join(parts)}"
+    if target == "hf" and parts and encoder.layer_scale is None:
+      return "transformers' Dinov2Model has layer_scale, and this encoder has none"
+    if target == "hf" and parts and encoder.mlp_ratio != int(encoder.mlp_ratio):
+      return f"transformers' Dinov2Model takes a whole mlp_ratio, and this encoder has {encoder.mlp_ratio:g}"
     if target == "hf" and encoder.features == "pooled":
-      return "transformers' ViTModel has its norm before the pooling, and this encoder behind it"
+      return "transformers' models have their norm before the pooling, and this encoder behind it"
     if target == "torchvision" and encoder.features != "cls":
       return f"torchvision's VisionTransformer gives the class token, and the features are {encoder.features!r}"
   elif not isinstance(encoder, ResNet):
@@ -113,13 +113,18 @@ def make(
   if reason := why_not(encoder, target, channels):
     raise UserError(f"{reason}: --to=safetensors writes the arrays alone.")
   state = layouts.whole_state(encoder, variables, view.size)
+  left_out = []
+  holds_mask_token = target == "safetensors" or (target == "hf" and _is_dinov2(encoder))
+  if "mask_token" in state and not holds_mask_token:
+    left_out.append("mask_token")
+    encoder, _ = encoder.clone(mask_token=False), state.pop("mask_token")
   if isinstance(encoder, ResNet) and target != "safetensors":  # PyTorch counts batches, and uses it nowhere
     counters = [name.replace("running_var", "num_batches_tracked") for name in state if name.endswith("running_var")]
     state |= {name: np.zeros((), np.int64) for name in counters}
   made = {"timm": _timm, "hf": _hf, "torchvision": _torchvision, "safetensors": _safetensors}[target]
   state, config, preprocessor, usage, readers = made(encoder, state, view, channels)
   config["ssl_jax"] = facts | {"encoder": shape_of(encoder), "channels": channels, "eval_view": view._asdict()}
-  return Exported(target, state, config, preprocessor, usage, readers)
+  return Exported(target, state, config, preprocessor, usage, readers, tuple(left_out))
 
 
 def make_mae(
@@ -166,68 +171,19 @@ def write(exported: Exported, folder: pathlib.Path) -> None:
       (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def prove(
-  exported: Exported, folder: pathlib.Path, encoder: nn.Module, variables: Any, images: np.ndarray
-) -> dict[str, float]:
-  """Loads the folder as its users do and compares features.
-
-  Args:
-    exported: what was written.
-    folder: where.
-    encoder, variables: the original.
-    images: float32 [n, size, size, C], normalised.
-
-  Returns:
-    {library with its version: the largest difference, relative to the largest feature}; empty where none of the
-    libraries is installed.
-  """
-  with jax.default_matmul_precision("highest"):
-    want = np.asarray(encoder.clone(dtype=jnp.float32).apply(variables, images, train=False))
-  read: dict[str, Callable] = dict(timm=_by_timm, transformers=_by_transformers, torchvision=_by_torchvision)
-  needs = {"torch", *exported.readers[:1]}  # transformers reads timm's folders where timm is
-  found = {}
-  for library in exported.readers:
-    if all(importlib.util.find_spec(name) for name in {*needs, library}):
-      got = _as_ours(read[library](exported, folder, images.transpose(0, 3, 1, 2).copy()), encoder.features)
-      difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-      found[f"{library} {importlib.metadata.version(library)}"] = float(difference)
-  return found
-
-
-def prove_mae(
-  folder: pathlib.Path, encoder: ViT, decoder: MAEDecoder, params: Any, images: np.ndarray, mask_ratio: float
-) -> dict[str, float]:
-  """As `prove`, for a MAE with its decoder: the predicted patches, where the same ones are removed."""
-  if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
-    return {}
-  import torch
-  import transformers
-
-  grid = tuple(side // encoder.patch_size for side in images.shape[1:3])
-  noise = np.random.default_rng(0).random((len(images), grid[0] * grid[1]), np.float32)
-  visible, _, restore = mask_from_noise(jnp.asarray(noise), int(noise.shape[1] * (1 - mask_ratio)))
-  with jax.default_matmul_precision("highest"):
-    encode = encoder.clone(dtype=jnp.float32).apply
-    tokens = encode({"params": params["encoder"]}, images, keep=visible, method="tokens")
-    decode = decoder.clone(dtype=jnp.float32).apply
-    want = np.asarray(decode({"params": params["decoder"]}, tokens, restore, grid))
-  model = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
-  with torch.no_grad():
-    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    got = model(pixels, noise=torch.from_numpy(noise)).logits.numpy()
-  difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-  return {f"transformers {importlib.metadata.version('transformers')}": float(difference)}
+def _is_dinov2(encoder):
+  """Whether it takes the libraries' classes for DINOv2 to hold it."""
+  return isinstance(encoder, ViT) and any(getattr(encoder, name) != getattr(ViT, name) for name in _DINOV2)
 
 
 def _timm(encoder, state, view, channels):
   if isinstance(encoder, ViT):
-    shape = encoder.dim, encoder.depth, encoder.heads, encoder.patch_size
-    name, width = _TIMM_VITS.get(shape, "vit_base_patch16_224"), encoder.dim
+    name, own = _timm_vit(encoder)
+    width, state = encoder.dim, layouts.vit_to_timm(state)
     pool = {"cls": "token", "mean": "avg", "flat": "", "pooled": "avg"}[encoder.features]
     args = dict(img_size=view.size, patch_size=encoder.patch_size, embed_dim=encoder.dim, depth=encoder.depth)
     # Without fc_norm=False timm's mean is taken before the last norm, which gives other features.
-    args |= dict(num_heads=encoder.heads, mlp_ratio=encoder.mlp_ratio, global_pool=pool)
-    args |= dict(fc_norm=encoder.features == "pooled")
+    args |= dict(num_heads=encoder.heads, global_pool=pool, fc_norm=encoder.features == "pooled") | own
     layers = dict(first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
   else:
     name, width = _RESNETS[tuple(encoder.stages), encoder.bottleneck], _width(encoder)
@@ -237,7 +193,9 @@ def _timm(encoder, state, view, channels):
   images |= dict(crop_pct=_crop_share(view), crop_mode="center", mean=_mean(view, channels), std=_std(view, channels))
   config = dict(architecture=name, num_classes=0, num_features=width, global_pool=pool)
   config |= dict(model_args=args | dict(in_chans=channels), pretrained_cfg=images | dict(num_classes=0, **layers))
-  picked = "" if encoder.features != "flat" else _FLAT[type(encoder)]
+  picked = (
+    "" if encoder.features != "flat" else _MAPS if isinstance(encoder, ResNet) else f"{_patches(encoder)}.flatten(1)"
+  )
   usage = (
     'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
     "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
@@ -247,23 +205,44 @@ def _timm(encoder, state, view, channels):
   return state, config, None, usage, ("timm", "transformers")
 
 
+def _timm_vit(encoder):
+  """(the name of timm's function for a ViT, the arguments that are not all ViTs')."""
+  if not _is_dinov2(encoder):
+    shape = encoder.dim, encoder.depth, encoder.heads, encoder.patch_size
+    return _TIMM_VITS.get(shape, "vit_base_patch16_224"), dict(mlp_ratio=encoder.mlp_ratio)
+  # The class of a feed-forward network is no argument that JSON holds: only the giant's functions have SwiGLU.
+  size = "giant" if encoder.ffn == "swiglu" else _TIMM_DINOV2.get((encoder.dim, encoder.depth, encoder.heads), "base")
+  args = dict(mlp_ratio=encoder.mlp_ratio, init_values=encoder.layer_scale)
+  if encoder.ffn == "swiglu":  # timm computes the width of both parts as int(dim * mlp_ratio)
+    width = 2 * swiglu_width(encoder.dim, encoder.mlp_ratio)
+    ratio = width / encoder.dim
+    args["mlp_ratio"] = ratio if int(encoder.dim * ratio) == width else math.nextafter(ratio, math.inf)
+  if encoder.registers:
+    args |= dict(reg_tokens=encoder.registers, no_embed_class=True)
+  return f"vit_{size}_patch14_{'reg4_' if encoder.registers else ''}dinov2", args
+
+
 def _hf(encoder, state, view, channels):
   if isinstance(encoder, ViT):
-    config = vit_config(encoder, view, channels) | dict(architectures=["ViTModel"], model_type="vit")
-    picked = {"cls": "[:, 0]", "mean": "[:, 1:].mean(1)", "flat": _FLAT[ViT]}[encoder.features]
+    picked = {"cls": "[:, 0]", "mean": f"{_patches(encoder)}.mean(1)", "flat": f"{_patches(encoder)}.flatten(1)"}
+    config, load = vit_config(encoder, view, channels), 'transformers.AutoModel.from_pretrained("FOLDER")'
+    if _is_dinov2(encoder):
+      state, config = _dinov2(encoder, state, config)
+    else:
+      state, config = layouts.vit_to_hf(state), config | dict(architectures=["ViTModel"], model_type="vit")
+      load = f"{load[:-1]}, add_pooling_layer=False)  # its pooler is not trained"
     usage = (
-      'model = transformers.AutoModel.from_pretrained("FOLDER", add_pooling_layer=False)  # its pooler is not trained\n'
+      f"model = {load}\n"
       'processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")\n'
-      f'features = model(**processor(picture, return_tensors="pt")).last_hidden_state{picked}'
+      f'features = model(**processor(picture, return_tensors="pt")).last_hidden_state{picked[encoder.features]}'
     )
-    state = layouts.vit_to_hf(state)
   else:
     width, block = int(64 * encoder.width), "bottleneck" if encoder.bottleneck else "basic"
     sizes = [width * 2**i * (4 if encoder.bottleneck else 1) for i in range(len(encoder.stages))]
     config = dict(architectures=["ResNetModel"], model_type="resnet", num_channels=channels, embedding_size=width)
     config |= dict(hidden_sizes=sizes, depths=list(encoder.stages), layer_type=block, hidden_act="relu")
     config |= dict(downsample_in_first_stage=False, downsample_in_bottleneck=False)
-    pooled = "pooler_output.flatten(1)" if encoder.features == "pooled" else f"last_hidden_state{_FLAT[ResNet]}"
+    pooled = "pooler_output.flatten(1)" if encoder.features == "pooled" else f"last_hidden_state{_MAPS}"
     usage = (
       'model = transformers.AutoModel.from_pretrained("FOLDER")\n'
       'processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")\n'
@@ -271,6 +250,24 @@ def _hf(encoder, state, view, channels):
     )
     state = layouts.resnet_to_hf(state)
   return state, config, _preprocessor(view, channels), usage, ("transformers",)
+
+
+def _dinov2(encoder, state, config):
+  """(arrays, config) of Dinov2Model or Dinov2WithRegistersModel, out of those of a ViTModel."""
+  config = config | dict(architectures=["Dinov2Model"], model_type="dinov2", use_mask_token=encoder.mask_token)
+  config |= dict(mlp_ratio=int(encoder.mlp_ratio), use_swiglu_ffn=encoder.ffn == "swiglu")
+  config |= dict(layerscale_value=encoder.layer_scale)
+  del config["intermediate_size"]
+  if encoder.registers:  # this class always has a mask token
+    state = {"mask_token": np.zeros((1, encoder.dim), np.float32)} | state
+    config |= dict(architectures=["Dinov2WithRegistersModel"], model_type="dinov2_with_registers")
+    config |= dict(num_register_tokens=encoder.registers)
+    del config["use_mask_token"]
+  return layouts.dinov2_to_hf(state), config
+
+
+def _patches(encoder):
+  return f"[:, {1 + encoder.registers}:]"
 
 
 def vit_config(encoder: ViT, view: EvaluationView, channels: int) -> dict[str, Any]:
@@ -366,49 +363,3 @@ def _crop_share(view):
   """timm's crop_pct, from which it computes the side to resize to as floor(size / crop_pct)."""
   share = view.size / view.resize
   return share if math.floor(view.size / share) == view.resize else math.nextafter(share, 0)
-
-
-def _as_ours(outputs, features):
-  """Tokens [b, 1 + n, d], maps [b, C, h, w] or features [b, d] of a library, pooled as the encoder does."""
-  if outputs.ndim == 2:
-    return outputs
-  if outputs.ndim == 4:
-    maps = outputs.transpose(0, 2, 3, 1)
-    return maps.mean((1, 2)) if features == "pooled" else maps.reshape(len(maps), -1)
-  if features == "cls":
-    return outputs[:, 0]
-  return outputs[:, 1:].mean(1) if features == "mean" else outputs[:, 1:].reshape(len(outputs), -1)
-
-
-def _by_timm(exported, folder, images):
-  import timm
-  import torch
-
-  model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-  with torch.no_grad():
-    return model(torch.from_numpy(images)).numpy()
-
-
-def _by_transformers(exported, folder, images):
-  import torch
-  import transformers
-
-  given = dict(add_pooling_layer=False) if exported.config.get("model_type") == "vit" else {}
-  model = transformers.AutoModel.from_pretrained(folder, **given).eval()
-  with torch.no_grad():
-    outputs = model(torch.from_numpy(images))
-  if exported.target == "timm" and outputs.pooler_output is not None:
-    return outputs.pooler_output.numpy()
-  return outputs.last_hidden_state.numpy()
-
-
-def _by_torchvision(exported, folder, images):
-  import safetensors.torch
-  import torch
-  import torchvision
-
-  model = getattr(torchvision.models, exported.config["architecture"])(**exported.config["arguments"])
-  setattr(model, "fc" if hasattr(model, "fc") else "heads", torch.nn.Identity())
-  model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-  with torch.no_grad():
-    return model.eval()(torch.from_numpy(images)).numpy()

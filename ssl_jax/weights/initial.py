@@ -51,13 +51,15 @@ def start_from(
 
     run = restore.restore_run(path)
     if _kind(run.config.method) == _kind(method):
-      new, lines = _whole(run, train, path)
+      new, lines = _whole(run, train, path, getattr(encoder, "resize", "offset") == "antialiased")
       if take_optimizer:
         opt_state = _moments(restore.restore_optimizer(path, run.step), new.opt_state, path)
         new, lines = new._replace(opt_state=opt_state), [*lines, "the optimizer's moments too; schedules begin anew"]
       return new, lines
   if take_optimizer:
     raise UserError(f"init_optimizer=True is for a run of the same method, and init_from={path} is none.")
+  if "mask_token" in train.params.get("encoder", {}):  # DINOv2's, which its evaluation has no use for
+    encoder = encoder.clone(mask_token=True)
   loaded = load.load_weights(path, encoder, channels=channels, resize_positions=True)
   given = {_names(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(loaded.variables)}
   taken: dict[str, None] = {}  # in order
@@ -84,7 +86,7 @@ def start_from(
   return train._replace(**new), lines
 
 
-def _whole(run, train, path):
+def _whole(run, train, path, antialias):
   there = {"params": run.params, "state": run.state}
   values = {_names(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(there)}
   parts = {"params": train.params, "state": train.state}
@@ -94,7 +96,7 @@ def _whole(run, train, path):
     value = values.get(names)
     if value is not None and names[-1] == "pos_embed" and value.shape != leaf.shape and value.shape[2] == leaf.shape[2]:
       grid = round((leaf.shape[1] - 1) ** 0.5)
-      values[names] = interpolate_positions(jnp.asarray(np.asarray(value)), grid, grid)
+      values[names] = interpolate_positions(jnp.asarray(np.asarray(value)), grid, grid, antialias=antialias)
       lines.append(f"{'.'.join(names)}: interpolated for {grid}x{grid} patches")
   differ = [
     f"{'.'.join(names)}: there {values[names].shape if names in values else 'none'}, here {leaf.shape}"

@@ -1,12 +1,13 @@
 """The names and shapes of encoders in other libraries: Hugging Face's to timm's and back, channels, positions.
 
-A state dict here has the names of timm and of the official files, which `convert` turns into ours, and arrays in
-PyTorch's layout. Hugging Face's names are those that its classes ViTModel, ViTMAEForPreTraining and ResNetModel save.
+A state dict here has the names of the official files, which `convert` turns into ours, and arrays in PyTorch's layout.
+timm's are the same, but for DINOv2's. Hugging Face's are those that its classes ViTModel, ViTMAEForPreTraining,
+Dinov2Model, Dinov2WithRegistersModel and ResNetModel save.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ import numpy as np
 
 from ssl_jax import convert
 from ssl_jax.errors import UserError
-from ssl_jax.models.vit import ViT, interpolate_positions, sincos_positions
+from ssl_jax.models.vit import ViT, interpolate_positions, sincos_positions, swiglu_width
 
-_VIT = {  # timm's names and Hugging Face's, outside of the blocks
+_VIT = {  # the official names and Hugging Face's, outside of the blocks
   "cls_token": "embeddings.cls_token",
   "pos_embed": "embeddings.position_embeddings",
+  "mask_token": "embeddings.mask_token",
+  "register_tokens": "embeddings.register_tokens",
   "patch_embed.proj": "embeddings.patch_embeddings.projection",
   "norm": "layernorm",
 }
@@ -29,6 +32,18 @@ _BLOCK = {  # and in them
   "mlp.fc1": "intermediate.dense",
   "mlp.fc2": "output.dense",
 }
+_DINOV2_BLOCK = {  # and in DINOv2's
+  "norm1": "norm1",
+  "norm2": "norm2",
+  "attn.proj": "attention.output.dense",
+  "ls1": "layer_scale1",
+  "ls2": "layer_scale2",
+  "mlp.fc1": "mlp.fc1",
+  "mlp.fc2": "mlp.fc2",
+  "mlp.w12": "mlp.weights_in",
+  "mlp.w3": "mlp.weights_out",
+}
+_LEAVES = {"weight": "weight", "bias": "bias", "gamma": "lambda1"}
 _QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))  # the thirds of attn.qkv's rows
 _DECODER = {
   "mask_token": "mask_token",
@@ -37,7 +52,7 @@ _DECODER = {
   "decoder_norm": "decoder_norm",
   "decoder_pred": "decoder_pred",
 }
-_TORCHVISION = [  # timm's names of a ViT and torchvision's
+_TORCHVISION = [  # the official names of a ViT and torchvision's
   (r"^cls_token$", "class_token"),
   (r"^patch_embed\.proj\.", "conv_proj."),
   (r"^pos_embed$", "encoder.pos_embedding"),
@@ -82,25 +97,30 @@ _RESNET_BACK = [
 
 
 def vit_to_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """timm's names of a ViT -> ViTModel's; the fused query, key and value matrices are split."""
-  return _to_hf(state, _VIT, "blocks", "encoder.layer")
+  """The official names of a ViT -> ViTModel's; the fused query, key and value matrices are split."""
+  return _to_hf(state, _VIT, _BLOCK, "blocks", "encoder.layer")
+
+
+def dinov2_to_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """DINOv2's names -> those of Dinov2Model and Dinov2WithRegistersModel, as `vit_to_hf`."""
+  return _to_hf(state, _VIT, _DINOV2_BLOCK, "blocks", "encoder.layer")
 
 
 def decoder_to_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The official MAE's names of a decoder -> those of `decoder` in ViTMAEForPreTraining."""
-  return _to_hf(state, _DECODER, "decoder_blocks", "decoder_layers")
+  return _to_hf(state, _DECODER, _BLOCK, "decoder_blocks", "decoder_layers")
 
 
-def _to_hf(state, outside, blocks, layers):
+def _to_hf(state, outside, inside, blocks, layers):
   out = {}
   for name, value in state.items():
-    if match := re.fullmatch(rf"{blocks}\.(\d+)\.(.+)\.(weight|bias)", name):
+    if match := re.fullmatch(rf"{blocks}\.(\d+)\.(.+)\.({'|'.join(_LEAVES)})", name):
       number, part, leaf = match.groups()
       if part == "attn.qkv":
         for new, third in zip(_QKV, np.split(value, 3), strict=True):
           out[f"{layers}.{number}.{new}.{leaf}"] = third
       else:
-        out[f"{layers}.{number}.{_BLOCK[part]}.{leaf}"] = value
+        out[f"{layers}.{number}.{inside[part]}.{_LEAVES[leaf]}"] = value
     else:
       stem, dot, leaf = name.rpartition(".") if name not in outside else (name, "", "")
       out[outside[stem] + dot + leaf] = value
@@ -108,17 +128,18 @@ def _to_hf(state, outside, blocks, layers):
 
 
 def vit_from_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The inverse of `vit_to_hf`; names that it does not make stay as they are."""
-  back, inside = ({v: k for k, v in names.items()} for names in (_VIT, _BLOCK))
+  """The inverse of `vit_to_hf` and `dinov2_to_hf`; names that they do not make stay as they are."""
+  back, plain, dinov2, leaves = ({v: k for k, v in x.items()} for x in (_VIT, _BLOCK, _DINOV2_BLOCK, _LEAVES))
+  inside = plain | dinov2
   out: dict[str, np.ndarray] = {}
   thirds: dict[tuple[str, str], dict[str, np.ndarray]] = {}
   for name, value in state.items():
-    match = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+    match = re.fullmatch(rf"encoder\.layer\.(\d+)\.(.+)\.({'|'.join(leaves)})", name)
     stem, _, leaf = name.rpartition(".")
     if match and match[2] in _QKV:
       thirds.setdefault((match[1], match[3]), {})[match[2]] = value
     elif match and match[2] in inside:
-      out[f"blocks.{match[1]}.{inside[match[2]]}.{match[3]}"] = value
+      out[f"blocks.{match[1]}.{inside[match[2]]}.{leaves[match[3]]}"] = value
     elif name in back:
       out[back[name]] = value
     elif stem in back:
@@ -129,6 +150,58 @@ def vit_from_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if len(parts) == 3:  # else qkv is missing, and said to be
       out[f"blocks.{number}.attn.qkv.{leaf}"] = np.concatenate([parts[part] for part in _QKV])
   return out
+
+
+def vit_to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The official names of a ViT -> timm's, which are others for DINOv2's alone.
+
+  timm has no mask token. Where there are registers it has no position of the class token: that is added to the token.
+  """
+  out = {re.sub(r"\.mlp\.w(12|3)\.", _fc_of, name): x for name, x in state.items() if name != "mask_token"}
+  if "register_tokens" in out:
+    positions = out["pos_embed"]
+    out |= {"cls_token": out["cls_token"] + positions[:, :1], "pos_embed": np.ascontiguousarray(positions[:, 1:])}
+    out["reg_token"] = out.pop("register_tokens")
+  return out
+
+
+def _fc_of(match):
+  return ".mlp.fc1." if match[1] == "12" else ".mlp.fc2."
+
+
+def vit_from_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The inverse of `vit_to_timm`, but that the position of the class token stays in it: what is read has 0 for it.
+
+  Official files are read as they are. The numbers of a block are two where training saved it in chunks of blocks.
+  """
+  out = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): x for name, x in state.items()}
+  if "reg_token" in out:
+    out["register_tokens"] = out.pop("reg_token")
+  positions = out.get("pos_embed", np.zeros(0))
+  if positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # patches alone
+    out["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
+  first, last = (out.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+  if first is not None and last is not None and len(first) == 2 * last.shape[-1]:  # both parts of a SwiGLU
+    out = {name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): x for name, x in out.items()}
+  return out
+
+
+def layout_of(names: Collection[str]) -> str:
+  """Whose names these are of an encoder, in words; they are known to be some of those that are read."""
+  registers = " with registers" if {"register_tokens", "embeddings.register_tokens"} & set(names) else ""
+  if "reg_token" in names:
+    return "timm's DINOv2 with registers, where the class token has its position in it"
+  if any(re.match(r"encoder\.layer\.\d+\.layer_scale1\.", name) for name in names):
+    return f"transformers' Dinov2{'WithRegisters' if registers else ''}Model"
+  if registers or any(re.match(r"blocks\.[\d.]+\.(ls1|mlp\.w12)\.", name) for name in names):
+    return f"DINOv2{registers}"
+  whose = {
+    "patch_embed.proj.weight": "DINO, MAE, MoCo v3 and timm",
+    "embeddings.cls_token": "transformers' ViTModel",
+    "conv_proj.weight": "torchvision's VisionTransformer",
+    "conv1.weight": "torchvision and timm",
+  }
+  return next((whose[name] for name in whose if name in names), "transformers' ResNetModel")
 
 
 def resnet_to_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -142,7 +215,7 @@ def resnet_from_hf(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def vit_to_torchvision(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """timm's names of a ViT -> those of torchvision's VisionTransformer."""
+  """The official names of a ViT -> those of torchvision's VisionTransformer."""
   return {_renamed(name, _TORCHVISION): value for name, value in state.items()}
 
 
@@ -198,17 +271,38 @@ def with_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
   return kernel[:, np.arange(channels) % 3] * (3 / channels)
 
 
+def vit_shape(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The arguments of our ViT that a state dict under the official names shows; heads are none of them."""
+  dim, _, _, patch = state["patch_embed.proj.weight"].shape
+  depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
+  shape: dict[str, Any] = dict(patch_size=patch, dim=dim, depth=depth, mlp_ratio=4)
+  if (kernel := state.get("blocks.0.mlp.fc1.weight")) is not None:
+    shape["mlp_ratio"] = len(kernel) / dim
+  positions = state.get("pos_embed", np.zeros(0))
+  if positions.ndim == 3:
+    shape["image_size"] = grid_of(positions) * patch
+  if (tokens := state.get("register_tokens")) is not None:
+    shape["registers"] = tokens.shape[1]
+  if "blocks.0.ls1.gamma" in state:
+    shape["layer_scale"] = 1e-5  # as DINOv2 starts them
+  if (kernel := state.get("blocks.0.mlp.w3.weight")) is not None:
+    hidden = kernel.shape[1]
+    shape |= dict(ffn="swiglu", mlp_ratio=4 if swiglu_width(dim, 4) == hidden else 1.5 * hidden / dim)
+  return shape
+
+
+def resize_of(state: Mapping[str, np.ndarray]) -> str:
+  """How the official model with these weights resizes positions: DINOv2's with registers otherwise than all others."""
+  return "antialiased" if {"register_tokens", "blocks.0.ls1.gamma"} <= state.keys() else "offset"
+
+
 def facts(state: Mapping[str, np.ndarray]) -> str:
-  """The model of ours that a state dict under timm's or torchvision's names is of, as one would write it."""
+  """The model of ours that a state dict under the official or torchvision's names is of, as one would write it."""
   if (kernel := state.get("patch_embed.proj.weight")) is not None:
     if kernel.ndim != 4:
       return f"a ViT whose patch embedding {kernel.shape} is no convolution"
-    dim, _, _, patch = kernel.shape
-    depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
-    hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
-    positions = state.get("pos_embed", np.zeros(0))
-    side = f", image_size={grid_of(positions) * patch}" if positions.ndim == 3 else ""
-    return f"ViT(patch_size={patch}, dim={dim}, depth={depth}, mlp_ratio={hidden / dim:g}{side})"
+    shape = {key: repr(x) if isinstance(x, str) else f"{x:g}" for key, x in vit_shape(state).items()}
+    return f"ViT({', '.join(f'{key}={value}' for key, value in shape.items())})"
   stages = [0] * 4
   for name in state:
     if match := re.fullmatch(r"layer([1-4])\.\d+\.conv1\.weight", name):

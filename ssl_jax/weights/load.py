@@ -22,7 +22,7 @@ from ssl_jax.weights import files, layouts
 # An entry by which an encoder is found in a file, whatever stands before it, and what brings the names to timm's.
 _LANDMARKS: dict[type, dict[str, Callable]] = {
   ViT: {
-    "patch_embed.proj.weight": dict,
+    "patch_embed.proj.weight": layouts.vit_from_timm,
     "embeddings.patch_embeddings.projection.weight": layouts.vit_from_hf,
     "conv_proj.weight": layouts.vit_from_torchvision,
   },
@@ -37,6 +37,7 @@ _TRAINING_ONLY = ("optimizer", "scaler", "fp16_scaler", "amp", "scheduler", "lr_
 # First parts of names beside an encoder's own that belong to a head, a decoder or a classifier.
 _BESIDE = {"fc", "head", "heads", "head_dist", "classifier", "pooler", "projector", "predictor"}
 _BESIDE |= {"mask_token", "masked_embed"}
+_MASK_TOKENS = ("mask_token", "embeddings.mask_token")  # DINOv2's [1, d], of the encoder; others are a decoder's
 IN_FOLDER = (
   "model.safetensors",
   "model.safetensors.index.json",
@@ -72,13 +73,15 @@ def load_weights(
 ) -> Loaded:
   """Loads an encoder's weights; no code of the file runs, and PyTorch is not needed.
 
-  The encoder is recognised by its names, whatever stands before them: official files of DINO, MAE, MoCo v1, v2 and v3,
-  timm and torchvision, folders of Hugging Face (ViTModel, ViTMAEModel, ViTMAEForPreTraining, ResNetModel) and of timm,
-  what `python -m ssl_jax export` wrote, and the workdir of a run.
+  The encoder is recognised by its names, whatever stands before them: official files of DINO, DINOv2, MAE, MoCo v1, v2
+  and v3, timm and torchvision, folders of Hugging Face (ViTModel, Dinov2Model, Dinov2WithRegistersModel, ViTMAEModel,
+  ViTMAEForPreTraining, ResNetModel) and of timm, what `python -m ssl_jax export` wrote, and the workdir of a run.
 
   Args:
     path: a .safetensors, .pth, .pt or .bin file, or a folder.
-    model: our ViT or ResNet. Its shape must be that of the file, every array of it.
+    model: our ViT or ResNet. Its shape must be that of the file, every array of it, but for a mask token, which
+      training alone uses: it is zeros, as DINOv2 begins, where the file has none, and in `extra` where the model has
+      none.
     take: a part of the names that picks one of several encoders, such as "student"; None: what the papers evaluate,
       DINO's teacher, MoCo's query encoder, MoCo v3's base encoder.
     channels: of the images; None: as the file has it. Another number is made by timm's rule: one channel from the sum
@@ -99,12 +102,19 @@ def load_weights(
     raise TypeError(f"model must be a ViT or a ResNet of ssl_jax, got {type(model).__name__}.")
   path = pathlib.Path(path)
   report: list[str] = []
+  masked = kind is ViT and model.mask_token
   if (path / "checkpoints").is_dir():
-    state, extra, name = _read_run(path, take, report)
+    state, extra, name = _read_run(path, take, report, masked)
   else:
-    state, extra, name = _read_encoder(path, kind, take, report)
-    _check_config(path, model, report)
+    state, extra, name = _read_encoder(path, kind, take, report, masked)
+    config = json.loads(beside.read_text()) if (beside := path / "config.json").is_file() else {}
+    _check_config(path, config, model, report)
+    if "ssl_jax" not in config:
+      _tell_resize(state, model, report)
   report.append(f"read {name}: {len(state)} arrays, {sum(x.size for x in state.values()):,} values")
+  if masked and "mask_token" not in state:
+    state["mask_token"] = np.zeros((1, model.dim), np.float32)
+    report.append("mask token: there is none, and the model's is zeros, as DINOv2 begins")
   first, _ = _first_layer(model)
   if channels and first in state and state[first].shape[1] != channels:
     report.append(f"channels: {state[first].shape[1]} made into {channels} by timm's rule")
@@ -123,24 +133,26 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: see `load_weights`.
   """
-  return _read_encoder(path, None, None, [])[0]
+  return _read_encoder(path, None, None, [], False)[0]
 
 
-def _read_run(workdir, take, report):
+def _read_run(workdir, take, report, masked):
   from ssl_jax import restore  # imported late: it imports this module
 
   if take:
     raise UserError(f"take={take!r} picks from a file; of a run the encoder that it evaluates is loaded.")
   run = restore.restore_run(workdir)
-  state = layouts.whole_state(run.encoder, run.method.encoder(run.params, run.state))
+  state = layouts.whole_state(*restore.with_mask_token(run))
+  if not masked:
+    state.pop("mask_token", None)  # it is in `extra`
   rest = {"params": {name: part for name, part in run.params.items() if name != "encoder"}, "state": run.state}
   leaves = jax.tree_util.tree_leaves_with_path(rest)
   extra = {jax.tree_util.keystr(keys, simple=True, separator="."): np.asarray(leaf) for keys, leaf in leaves}
   return state, extra, f"the encoder of step {run.step} of {workdir}, a run of {run.config.method.name}"
 
 
-def _read_encoder(path, kind, take, report):
-  """(state dict of the encoder under timm's names, the other arrays, where it was)."""
+def _read_encoder(path, kind, take, report, masked):
+  """(state dict of the encoder under the official names, the other arrays, where it was); `masked`: with mask token."""
   file = _file_of(path) if path.is_dir() else path
   tree = files.read(file)
   if left := [name for name in _TRAINING_ONLY if tree.pop(name, None) is not None]:
@@ -152,10 +164,11 @@ def _read_encoder(path, kind, take, report):
   state, extra = {}, {}
   for name, value in flat.items():
     short = name.removeprefix(prefix)
-    mine = name.startswith(prefix) and not _is_beside(short)
+    beside = _is_beside(short) and not (masked and short in _MASK_TOKENS and value.ndim == 2)
+    mine = name.startswith(prefix) and not beside
     (state if mine else extra)[short if mine else name] = value
-  state = marks[prefixes[prefix]](state)
-  return state, extra, f"{prefix}* of {file}" if prefix else str(file)
+  where = f"{prefix}* of {file}" if prefix else str(file)
+  return marks[prefixes[prefix]](state), extra, f"{where}, in the layout of {layouts.layout_of(state)}"
 
 
 def _file_of(folder):
@@ -212,11 +225,8 @@ def _is_beside(name):
   return _first(name) in _BESIDE or name.startswith("decoder") or name == "embeddings.mask_token"
 
 
-def _check_config(path, model, report):
+def _check_config(path, config, model, report):
   """Raises UserError for what a folder's config.json says of the computation and names and shapes do not show."""
-  if not (path / "config.json").is_file():
-    return
-  config = json.loads((path / "config.json").read_text())
   kind, wants = config.get("model_type"), {}
   if isinstance(model, ViT):  # as transformers, timm and torchvision, and we, call the heads
     wants = dict.fromkeys(("num_attention_heads", "num_heads", "heads"), model.heads) | {"hidden_act": "gelu"}
@@ -230,6 +240,17 @@ def _check_config(path, model, report):
   epsilon = config.get("layer_norm_eps", 1e-12 if kind in ("vit", "vit_mae") else 1e-6)
   if isinstance(model, ViT) and epsilon != 1e-6:
     report.append(f"config.json says layer_norm_eps {epsilon:g}, ours is 1e-6, as in the official DINO and MAE")
+
+
+def _tell_resize(state, model, report):
+  """Tells that the model resizes learned positions otherwise than the official one with these weights."""
+  rule = layouts.resize_of(state)
+  if isinstance(model, ViT) and model.layer_scale is not None and model.resize != rule:
+    which = "with" if rule == "antialiased" else "without"
+    report.append(
+      f"positions: for images of another size than {model.image_size} DINOv2's models {which} registers have "
+      f"resize={rule!r}, and this one has {model.resize!r}"
+    )
 
 
 def _fit_positions(state, model, resize, report):

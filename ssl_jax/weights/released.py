@@ -16,7 +16,7 @@ from ssl_jax.models.resnet import ResNet
 from ssl_jax.models.vit import ViT, sincos_positions
 from ssl_jax.weights import layouts, load
 
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the ViTs tiny to huge, by width
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}  # of the ViTs tiny to huge and DINOv2's giant
 _OF_MOCO_V3 = 12  # heads of its ViTs of every width, which alone have positions that begin with the row
 _FEATURES = {"token": "cls", "avg": "mean", "": "flat"}  # timm's names of them
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -102,19 +102,17 @@ def _encoder(state: Mapping[str, np.ndarray], config, heads, lines) -> tuple[nn.
     shape |= dict(project_first=not bottleneck and "layer1.0.downsample.0.weight" in state)
     return ResNet(**{**shape, **ours, "stages": tuple(n for n in stages if n)}), kernel.shape[1]
 
-  dim, channels, _, patch = state["patch_embed.proj.weight"].shape
-  depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state)
-  hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
-  shape = dict(patch_size=patch, dim=dim, depth=depth, mlp_ratio=hidden / dim)
+  shape = layouts.vit_shape(state)
+  dim, channels = state["patch_embed.proj.weight"].shape[:2]
   arguments = config.get("model_args") or {}
   pool = _FEATURES.get(arguments.get("global_pool", config.get("global_pool")), "cls")
   shape |= dict(features=ours.get("features", pool))
-  positions = state.get("pos_embed")
-  if positions is not None and positions.ndim == 3:
-    grid = layouts.grid_of(positions)
-    shape |= dict(image_size=grid * patch, positions=_kind_of_positions(positions, grid, dim))
+  if "image_size" in shape:
+    positions = state["pos_embed"]
+    shape |= dict(positions=_kind_of_positions(positions, layouts.grid_of(positions), dim))
   elif ours:
     shape |= dict(image_size=ours["image_size"], positions=ours["positions"])
+  shape |= dict(resize=ours.get("resize", "offset") if ours else layouts.resize_of(state))
   told = ours.get("heads") or config.get("num_attention_heads") or arguments.get("num_heads")
   known = _OF_MOCO_V3 if shape.get("positions") == "row_first" else _HEADS.get(dim)
   heads = heads or told
