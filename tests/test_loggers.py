@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_hands_over_what_it_had_and_never_ends_for_a_tool(tmp
 def killed(cache, tmp_path_factory):
   """A run with all loggers that is killed behind the row of step 14, and started again; and its ids before that."""
   for name in ("wandb", "mlflow"):
-    pytest.importorskip(name, exc_type=ImportError)
+    pytest.importorskip(name, reason="pip install -r requirements-loggers.txt", exc_type=ImportError)
   workdir = tmp_path_factory.mktemp("logged") / "run"
   settings = dict(report=True, loggers="tensorboard,wandb,mlflow")
   process = start(cache, "train.py", workdir, **settings)

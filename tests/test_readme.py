@@ -143,7 +143,7 @@ def test_two_processes_started_as_the_page_on_pods_says_end_well(run):
 def test_the_command_of_the_page_on_logging_runs(run):
   folder, call = run
   for name in ("wandb", "mlflow"):
-    pytest.importorskip(name, exc_type=ImportError)
+    pytest.importorskip(name, reason="pip install -r requirements-loggers.txt", exc_type=ImportError)
   _, command = re.findall(r"```bash\n(.*?)\n```", LOGGING, re.DOTALL)[0].splitlines()
   done = call(f"{command} {SMALL}")
   assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
