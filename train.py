@@ -25,7 +25,7 @@ from ssl_jax import config as configs
 from ssl_jax.build import Run
 from ssl_jax.evaluation import during_training, guard
 from ssl_jax.page import pages
-from ssl_jax.run import checkpoint, cli, cluster, lock, log, messages, plots, profile, progress, signals
+from ssl_jax.run import checkpoint, cli, cluster, lock, log, loggers, messages, plots, profile, progress, signals
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
@@ -33,6 +33,7 @@ from ssl_jax.training import TrainState
 
 def main(config, workdir: pathlib.Path) -> int:
   """Trains. Returns the exit status: 0, or 128 + the number of the signal that ended the run."""
+  cluster.together(lambda: cluster.is_main() and loggers.check_installed(configs.loggers(config)))
   run = cluster.together(lambda: build.run(config, workdirs.saved(workdir), say))
   cluster.check_alike(configs.facts(run.config) | run.facts())
   with lock.held(workdir), signals.listening() as stopping:  # A signal still ends it while it waits for the lock.
@@ -82,9 +83,8 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
   """
   config, started, number = run.config, time.perf_counter(), 0
   waiting: list[tuple[int, dict]] = []  # (step, metrics) still on the device
-  page = pages.Pages(run, workdir)
   with (
-    contextlib.closing(log.make_writer(workdir, start or -1)) as writer,
+    contextlib.closing(log.make_writer(run, workdir, start or -1)) as writer,
     contextlib.closing(checkpoint.manager(workdir / "checkpoints", config.keep_checkpoints)) as saver,
     contextlib.closing(
       profile.Profile(workdir / "tensorboard", config.get("profile_steps"), start, run.last_step)
@@ -92,6 +92,7 @@ def fit(run: Run, train: TrainState, start: int, workdir: pathlib.Path, stopping
     progress.cleared(),
     cluster.ending_together(folder=workdir),
   ):
+    page = pages.Pages(run, workdir, writer)
     if start == 0:
       page.write(train, 0, evaluate(run, writer, train, 0, workdir))
       if config.get("guard") and not checkpoint.steps(workdir / "checkpoints"):
@@ -149,7 +150,8 @@ def evaluate(run: Run, writer: log.Writer | log.NoWriter, train: TrainState, ste
   drawn = during_training.pictures(run, train)
   if drawn is not None and cluster.is_main():
     path = workdir / "pictures" / f"{step:08d}.png"
-    writer.show("pictures", plots.draw_pictures(path, drawn, f"{run.config.method.name}, step {step}"), step)
+    plots.draw_pictures(path, drawn, f"{run.config.method.name}, step {step}")
+    writer.show("pictures", path, step)
   return drawn
 
 

@@ -23,9 +23,10 @@ from ssl_jax.settings import AUTO, Setting, each, flag, number, one_of, optional
 # contents of a folder of images are compared separately.
 FREE = ("stop_after_steps", "log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
 FREE_PREFIXES = ("parallel.", "data.data_dir", "data.folder", "data.threads", "data.workers", "knn.", "eval_view.")
-ASIDE = ("report", "profile_steps")  # these may change too: they only say what is written beside the training
+ASIDE = ("report", "profile_steps", "loggers")  # these may change too: what is written beside the training
 # Keys that may differ between the processes of one run.
 LOCAL = ("data.data_dir", "data.folder", "data.threads", "data.workers")
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # what rows go to beside metrics.jsonl
 
 
 _NUMBERS = each(Setting(number(-math.inf).holds, "numbers"))
@@ -67,6 +68,7 @@ SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stan
   "checkpoint_every_steps": whole(required=True),
   "keep_checkpoints": whole(required=True),
   "report": optional(flag()),
+  "loggers": Setting(lambda x: _are_loggers(x), f"names out of {', '.join(LOGGERS)}, or ()"),
   "profile_steps": optional(Setting(lambda x: each(whole(), (2,)).holds(x) and x[0] <= x[1], _PROFILED)),
 }
 # What a recipe may leave to `decide`, by `auto()`; in a view, whose keys are plain values, by "auto".
@@ -141,6 +143,7 @@ def base() -> ml_collections.ConfigDict:
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 3
   config.report = True  # report.html, at evaluations and at the end
+  config.loggers = ("tensorboard",)  # also "wandb" and "mlflow": docs/logging.md
   config.profile_steps = config_dict.placeholder(tuple)  # first and last step to record for TensorBoard and Perfetto
   return config
 
@@ -177,6 +180,16 @@ def reading(config: Any) -> Reading:
   """How the recipe's images are decoded."""
   section = config.data  # runs of older versions lack some of these keys
   return Reading(section.get("threads"), section.get("workers") or 0, bool(section.get("reduced_decoding")))
+
+
+def loggers(config: Any) -> tuple[str, ...]:
+  """What the recipe's rows go to. ml_collections takes --config.loggers=tensorboard,wandb for one name."""
+  given = config.get("loggers", ("tensorboard",))  # runs of older versions lack the key
+  return tuple(dict.fromkeys(name for text in given for name in str(text).split(",")))
+
+
+def _are_loggers(x):
+  return isinstance(x, tuple | list) and all(isinstance(y, str) and {*y.split(",")} <= {*LOGGERS} for y in x)
 
 
 def _with_tuples(mapping: Any) -> dict[str, Any]:

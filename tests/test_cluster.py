@@ -276,7 +276,7 @@ def test_a_full_disk_is_noticed_by_whoever_writes_to_tensorboard(tmp_path, monke
   with pytest.raises(OSError, match="No space left"):  # The next rows would wait for ever for a thread that is dead.
     writer.write({"step": 1, "loss": 1.0})
   with pytest.raises(OSError, match="No space left"):
-    writer.board._py_recordio_writer.close()
+    writer.loggers[0].board._py_recordio_writer.close()
   writer.file.close()
 
 

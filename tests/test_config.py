@@ -249,6 +249,12 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
     ),
     ("quickstart", "no_decay", ("(",), "no_decay must be a tuple: regular expressions, got ('(',)"),
     ("quickstart", "profile_steps", (3, 2), "be two steps, the first at least 1 and not after the last, or none, got"),
+    (
+      "quickstart",
+      "loggers",
+      ("wandb,tensorbord",),
+      "loggers must be names out of tensorboard, wandb, mlflow, or (), got",
+    ),
     ("quickstart", "views", (3,), "views[0] must be a group of keys, got 3"),
     ("quickstart", "views", (), "views must be a tuple of dicts"),
     ("quickstart", "views[0].scale", (0.5, 0.2), "views[0].scale must be two numbers in (0, 1], the lower one first"),
@@ -301,7 +307,7 @@ def test_a_config_survives_its_file():
 def test_only_what_changes_no_number_may_change_on_resume():
   saved = configs.to_json(quick())
   configs.check_same(quick(stop_after_steps=3, log_every_steps=1, checkpoint_every_steps=9, eval_every_epochs=2), saved)
-  configs.check_same(quick(report=False, profile_steps=(3, 4)), saved)
+  configs.check_same(quick(report=False, profile_steps=(3, 4), loggers=("mlflow,wandb",)), saved)
   for key, value in {"seed": 1, "epochs": 99, "lr.base": 0.5, "microbatch": 8, "data.split": "train[:5]"}.items():
     with pytest.raises(UserError, match=rf"{key}: now {value!r}".replace("[", r"\[")):
       configs.check_same(quick(**{key: value}), saved)

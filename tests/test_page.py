@@ -280,7 +280,7 @@ class Broken:
 
 
 def test_whatever_a_page_fails_of_is_a_line(tmp_path, monkeypatch, capsys):
-  page = pages.Pages(Broken(), tmp_path)
+  page = pages.Pages(Broken(), tmp_path, None)
   page.write(None, 0)
   assert "is not written (OSError: the disk is gone); the run goes on without it" in capsys.readouterr().out
   page.seen = gallery()

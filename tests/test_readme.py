@@ -23,6 +23,7 @@ from ssl_jax.__main__ import COMMANDS as COMMANDS_OF_THE_PACKAGE
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PODS = (ROOT / "docs" / "pods.md").read_text()
+LOGGING = (ROOT / "docs" / "logging.md").read_text()
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
 PAGES = "\n".join([TEXT, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL) for kind in ("bash", "python")}
@@ -136,6 +137,18 @@ def test_two_processes_started_as_the_page_on_pods_says_end_well(run):
   env = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
   done = subprocess.run(["bash", "-e", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0 and "in 2 process(es)" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page_on_logging_runs(run):
+  folder, call = run
+  for name in ("wandb", "mlflow"):
+    pytest.importorskip(name, reason="pip install -r requirements-loggers.txt", exc_type=ImportError)
+  _, command = re.findall(r"```bash\n(.*?)\n```", LOGGING, re.DOTALL)[0].splitlines()
+  done = call(f"{command} {SMALL}")
+  assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+  for path in ("tensorboard", "wandb", "mlflow.db", "mlartifacts"):
+    assert (folder / "runs" / "logged" / path).exists(), path
 
 
 def test_every_path_that_is_named_exists():

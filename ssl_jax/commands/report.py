@@ -73,4 +73,4 @@ def look_again(workdir: pathlib.Path) -> dict:
   seen = look.gallery(run)
   drawn = during_training.pictures(run, train)
   found = look.take(look.features(run, train, seen), seen, restored.step, drawn, thorough=True)
-  return found | look.still(run, seen) | pages.facts(run)
+  return found | look.still(seen, look.views(run)) | pages.facts(run)

@@ -25,6 +25,7 @@ _MOST_BYTES = 64 << 20  # of these in memory, on every process
 _SHEET, _GRID = 280_000, 100_000  # bytes of the sheet of thumbnails, and of the views or a method's pictures
 _ASKED, _NEAREST = 12, 6  # images whose neighbours are shown, and how many neighbours each
 _VIEWED = 6  # images whose views are shown
+_TILE, _THUMB = 96, 32  # pixels of a picture's side for loggers, and of one in TensorBoard's projector
 
 
 class Gallery(NamedTuple):
@@ -83,7 +84,7 @@ def take(features: np.ndarray, seen: Gallery, step: int, drawn: Any, *, thorough
   return found | {"pictures": columns and grid(columns)}
 
 
-def still(run: Any, seen: Gallery) -> dict[str, Any]:
+def still(seen: Gallery, views: Sequence[tuple[str, Sequence[np.ndarray]]]) -> dict[str, Any]:
   """What of a look stays the same in a run: the images and the views of its first batch."""
   name, split, count = seen.of
   labels = seen.images.labels
@@ -96,18 +97,18 @@ def still(run: Any, seen: Gallery) -> dict[str, Any]:
     "labels": labels.tolist(),
     "classes": seen.classes if labels.max(initial=-1) >= 0 else [],
     "sheet": sheet(seen.images.images),
-    "views": views(run),
+    "views": grid(views),
   }
 
 
-def views(run: Any) -> dict[str, Any]:
-  """The views of a few images of the first batch, as the network gets them, colours put back."""
+def views(run: Any) -> list[tuple[str, Sequence[np.ndarray]]]:
+  """The views of a few images of the first batch, as the network gets them, colours put back: columns of `grid`."""
   config, channels = run.config, run.train_set.channels
   originals, found = show.first_views(config, run.train_set, _VIEWED)
   columns: list[tuple[str, Any]] = [("as it is", [x / 255 for x in originals])]
   for i, (view, x) in enumerate(zip(run.views, found, strict=True), 1):
     columns.append((show.caption(i, view, channels), show.shown(x, view.mean, view.std)))
-  return grid(columns)
+  return columns
 
 
 def maps(unit: np.ndarray, thorough: bool) -> list[dict[str, Any]]:
@@ -207,6 +208,36 @@ def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]]) -> dict[str, Any]:
   small = bool(max(max(x.shape[:2]) for row in rows for x in row) < 64)
   addresses = [[_address(x) for x in row] for row in files]
   return {"headings": [name for name, _ in columns], "rows": addresses, "small": small}
+
+
+def tiles(rows: Sequence[Sequence[np.ndarray]]) -> PIL.Image.Image:
+  """Rows of square pictures [h, w, c], float in [0, 1], on one. All are brought to one size."""
+  margin = ((1, 1), (1, 1), (0, 0))
+  lines = [[np.pad(_tile(np.asarray(x)), margin, constant_values=255) for x in row] for row in rows]
+  return PIL.Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))
+
+
+def _tile(image):
+  pixels = PIL.Image.fromarray(np.uint8(np.round(255 * np.clip(_rgb(image), 0, 1))))
+  kind = PIL.Image.Resampling.BOX if image.shape[0] > _TILE else PIL.Image.Resampling.NEAREST
+  return np.asarray(pixels.resize((_TILE, _TILE), kind))
+
+
+def beside_neighbours(found: dict[str, Any], seen: Gallery) -> list[list[np.ndarray]]:
+  """Rows of `tiles`: an image first, then those that `neighbours` found, the nearest first."""
+  images = seen.images.images
+  return [[images[i] / 255, *(images[j] / 255 for j, _ in nearest)] for i, nearest in found["neighbours"]]
+
+
+def thumbnails(seen: Gallery) -> np.ndarray:
+  """The images, small: float [n, s, s, 3] in [0, 1]."""
+  return np.stack([_shrunk(_rgb(x / 255), _THUMB) for x in seen.images.images])
+
+
+def told(seen: Gallery) -> list[tuple[str, str]]:
+  """What each image is called, and its class, empty where it has none."""
+  labels = seen.images.labels
+  return [(name, seen.classes[x] if x >= 0 else "") for name, x in zip(seen.names, labels, strict=True)]
 
 
 def sheet(images: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ssl_jax import config as configs
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.errors import UserError
 from ssl_jax.page import drawings, look, words
-from ssl_jax.run import cluster, messages
+from ssl_jax.run import cluster, loggers, messages
 from ssl_jax.run.cli import say
 from ssl_jax.run.log import read_rows
 from ssl_jax.run.workdir import read_json, read_resolved, write_whole
@@ -37,11 +37,11 @@ class Pages:
   """Writes a run's page. A failure of it, of whatever kind, is a line: a run never ends for its page.
 
   Nothing here changes a number of the run. All processes call `write`, since all of them compute features; the first
-  one writes.
+  one writes, and hands pictures of what it has made to the `writer` of the run's rows.
   """
 
-  def __init__(self, run: Any, workdir: pathlib.Path):
-    self.run, self.workdir, self.on = run, workdir, run.config.get("report", True)
+  def __init__(self, run: Any, workdir: pathlib.Path, writer: Any):
+    self.run, self.workdir, self.writer, self.on = run, workdir, writer, run.config.get("report", True)
     self.seen: look.Gallery | None = None
     self.still: dict[str, Any] = {}  # what of the look stays the same
 
@@ -73,9 +73,16 @@ class Pages:
       return
     try:
       found = look.take(features, self.seen, step, drawn, thorough=step == self.run.last_step)
-      self.still = self.still or look.still(self.run, self.seen) | facts(self.run)
+      if not self.still:
+        views = look.views(self.run)
+        self.still = look.still(self.seen, views) | facts(self.run)
+        if step == 0:
+          self._show("views", list(zip(*(pictures for _, pictures in views), strict=True)), step)
       write_whole(self.workdir / LOOK, json.dumps(found | self.still))
       write_page([self.workdir], self.workdir / PAGE)
+      self._show("neighbours", look.beside_neighbours(found, self.seen), step)
+      if step == self.run.last_step and "tensorboard" in configs.loggers(self.run.config):
+        loggers.write_projector(self.workdir, features, look.told(self.seen), look.thumbnails(self.seen))
     except Exception as error:
       self._give_up(_in_a_line(error))
 
@@ -87,6 +94,12 @@ class Pages:
       write_page([self.workdir], self.workdir / PAGE)
     except Exception as error:
       self._give_up(_in_a_line(error))
+
+  def _show(self, name, rows, step):
+    path = self.workdir / "pictures" / f"{name}_{step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    look.tiles(rows).save(path)
+    self.writer.show(name, path, step)
 
   def _give_up(self, why):
     say(f"{self.workdir / PAGE} is not written ({why}); the run goes on without it")

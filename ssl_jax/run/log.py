@@ -1,4 +1,4 @@
-"""The rows of a run: on disk, in TensorBoard, and the clock of its throughput."""
+"""The rows of a run, on disk and in what else it logs to, and the clock of its throughput."""
 
 import contextlib
 import json
@@ -6,17 +6,16 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
 
+from ssl_jax import config as configs
 from ssl_jax import monitors
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster, messages
+from ssl_jax.run import cluster, loggers, messages
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
 
@@ -28,42 +27,42 @@ _SETTLED, _LONG = 10, 120  # steps until the end is estimated, and seconds that 
 
 
 class Writer:
-  """Rows to metrics.jsonl and to TensorBoard; a row is on disk when `write` returns.
+  """Rows to metrics.jsonl and to loggers; a row is on disk when `write` returns.
 
   On resume at `step`, rows of later steps, and a line cut short by a kill, are dropped: they will come again.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    step: int,
+    names: Iterable[str] = ("tensorboard",),
+    about: loggers.About | None = None,
+  ):
     self.path = workdir / "metrics.jsonl"
     kept = [row for row in read_rows(self.path) if row["step"] <= step]
     scratch = self.path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(scratch, self.path)
     self.file = self.path.open("a")
-    # Not tensorboardX.SummaryWriter: on a full disk its thread dies, and the next rows would wait for it for ever.
-    (workdir / "tensorboard").mkdir(exist_ok=True)
-    self.board = event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
-    self._log(step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))  # hides later steps
+    self.loggers = loggers.begin(names, workdir, step, kept, about)
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row; floats are written so that they read back exactly."""
     self.file.write(json.dumps(row) + "\n")
     self.file.flush()
-    for name, value in row.items():
-      if name != "step":
-        self._log(row["step"], summary=summary.scalar(name, value))
-    self.board.flush()
+    for logger in self.loggers:
+      logger.write(row)
 
-  def show(self, name: str, image: np.ndarray, step: int) -> None:
-    """Logs an image, uint8 [H, W, 3], to TensorBoard."""
-    self._log(step, summary=summary.image(name, image, dataformats="HWC"))
-
-  def _log(self, step: int, **content: Any) -> None:
-    self.board.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
+  def show(self, name: str, path: pathlib.Path, step: int) -> None:
+    """Hands a picture to the loggers: a PNG file, pictures/STEP.png or pictures/NAME_STEP.png in the workdir."""
+    for logger in self.loggers:
+      logger.show(name, path, step)
 
   def close(self) -> None:
     self.file.close()
-    self.board.close()
+    for logger in self.loggers:
+      logger.close()
 
 
 class NoWriter:
@@ -71,7 +70,7 @@ class NoWriter:
 
   def write(self, row: dict[str, Any]) -> None: ...
 
-  def show(self, name: str, image: np.ndarray, step: int) -> None: ...
+  def show(self, name: str, path: pathlib.Path, step: int) -> None: ...
 
   def close(self) -> None: ...
 
@@ -139,9 +138,12 @@ def outlook(run: "Run", step: int, rate: float, now: float) -> list[str]:
   return [f"at this rate it ends at {end}, evaluations aside{less}"]
 
 
-def make_writer(workdir: pathlib.Path, step: int) -> Writer | NoWriter:
+def make_writer(run: "Run", workdir: pathlib.Path, step: int) -> Writer | NoWriter:
   """One of the processes writes."""
-  return Writer(workdir, step) if cluster.is_main() else NoWriter()
+  if not cluster.is_main():
+    return NoWriter()
+  about = loggers.About(configs.to_json(run.config), run.resolved(), run.last_step)
+  return Writer(workdir, step, configs.loggers(run.config), about)
 
 
 def write_steps(

@@ -47,17 +47,13 @@ def draw_curves(workdir: pathlib.Path, chance: float | None, title: str) -> None
   figure.savefig(workdir / "curves.png", dpi=120)
 
 
-def draw_pictures(path: pathlib.Path, pictures: Any, title: str) -> np.ndarray:
-  """Draws a method's `Pictures` (see methods/base.py), one row an image, into a PNG file.
-
-  Returns:
-    What was drawn, uint8 [H, W, 3].
-  """
+def draw_pictures(path: pathlib.Path, pictures: Any, title: str) -> None:
+  """Draws a method's `Pictures` (see methods/base.py), one row an image, into a PNG file."""
   columns = []
   for name, value in pictures._asdict().items():
     parts = value if isinstance(value, tuple) else (value,)
     columns += [(name if len(parts) == 1 else f"{name} {i + 1}", np.asarray(x)) for i, x in enumerate(parts)]
-  return draw_grid(path, columns, title)
+  draw_grid(path, columns, title)
 
 
 def draw_grid(path: pathlib.Path, columns: list[tuple[str, Any]], title: str, side: float = 1.5) -> np.ndarray:

@@ -22,6 +22,8 @@ WRITTEN = (
   "checkpoints",
   "metrics.jsonl",
   "tensorboard",
+  "wandb",
+  "mlflow.db",
   "config.json",
   "resolved.json",
   "curves.png",
