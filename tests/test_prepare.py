@@ -121,6 +121,11 @@ def test_changed_class_names_and_lost_metadata_are_mended_by_the_same_command(tm
   (folder / "label.labels.txt").write_text("b\na\n")
   assert prepare.main(command) == 0
   assert "is damaged (its metadata)" in capsys.readouterr().out
+  for text in ("a\n", "a\nb\nc\n"):
+    (folder / "label.labels.txt").write_text(text)
+    with pytest.raises(UserError, match=r"labels\.txt names . classes, and features\.json says 2: give its"):
+      data.load("mine", "train", data_dir=tmp_path)
+  assert prepare.main(command) == 0
   assert (folder / "label.labels.txt").read_text().split() == ["a", "b"]
   (folder / "features.json").unlink()
   with pytest.raises(UserError, match=r"has no features\.json: give its `python -m ssl_jax prepare` command again"):
@@ -301,7 +306,7 @@ def test_two_runs_at_once_are_refused(many, tmp_path, monkeypatch):
     (["folder", "{}/broken"], "none of the images of the split 'train' can be read, such as "),
     (["folder", "{}/bands"], "0.npy: 13 channels, not 3: train on the folder itself, with --config.data.channels"),
     (["folder", "{}/broken", "--name=9-x"], "got '9-x': pass --name=NAME"),
-    (["folder", "{}/odd"], "the class folder 'a\\nb' has a name that label.labels.txt cannot hold"),
+    (["folder", "{}/odd"], "the class 'a\\nb' has a name that label.labels.txt cannot hold"),
     (["cifar10", "--from={}/empty"], "there is no file {}/empty/cifar-10-python.tar.gz: download"),
     (["cifar100", "--from={}/broken/0.png"], "cannot be read (ReadError"),
     (["imagenet2012", "--from={}/empty"], "there is no file {}/empty/ILSVRC2012_img_train.tar"),
@@ -459,6 +464,19 @@ def test_imagenet_is_read_from_its_tars_in_their_order(tmp_path, by_name):
   assert read_back(folder, "train") == [(image, label[w]) for w in WNIDS for image in train[w].values()]
   assert read_back(folder, "validation") == [(val[name], want[int(name[-6])]) for name in val]
   assert (folder / "label.labels.txt").read_text().split() == sorted(WNIDS)
+
+
+def test_imagenets_tars_joined_by_cat_lose_nothing(tmp_path):
+  write_imagenet(tmp_path)
+  path = tmp_path / "ILSVRC2012_img_train.tar"
+  whole, inner = path.read_bytes(), io.BytesIO()
+  with tarfile.open(fileobj=inner, mode="w") as tar:
+    add(tar, "n00000004_0.JPEG", picture(0, "jpeg"))
+  with tarfile.open(path, "w") as outer:
+    add(outer, "n00000004.tar", 2 * inner.getvalue())
+  path.write_bytes(whole + path.read_bytes())
+  source = sources.imagenet_source(tmp_path, pathlib.Path("none"))
+  assert [item.label for item in source.splits["train"](0)] == [1] * 3 + [0] * 3 + [2] * 3 + [3] * 2
 
 
 def test_imagenet_goes_on_where_it_was_killed(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -26,16 +27,22 @@ def write_tar(path, files):
   return path
 
 
-def write_parquet(path, images, labels=None, names=None, group=2):
+def write_parquet(path, images, labels=None, names=None, group=2, **others):
   path.parent.mkdir(parents=True, exist_ok=True)
   columns = {"image": [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]}
   if labels is not None:
     columns["label"] = labels
-  table = pa.table(columns)
+  table = pa.table(columns | others)
   if names:
     features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
   pq.write_table(table, path, row_group_size=group)
+
+
+def labels_of(root, split="train"):
+  """[(label, or its class's name where there are such)] of a split's images."""
+  source = shards.shards_source(root)
+  return [source.classes[item.label] if item.label >= 0 else None for item in source.splits[split](0)]
 
 
 def test_tars_keep_their_images_their_order_their_classes_and_their_splits(tmp_path, capsys):
@@ -60,8 +67,10 @@ def test_tars_keep_their_images_their_order_their_classes_and_their_splits(tmp_p
 def test_classes_that_are_names_are_numbered_over_all_splits(tmp_path):
   root = tmp_path / "in"
   write_tar(root / "train" / "0.tar", {"0.png": picture(0), "0.cls": b"dog", "1.png": picture(1), "1.cls": b"bird"})
-  write_tar(root / "test" / "0.tar", {"0.png": picture(2), "0.cls": b"cat"})
+  write_tar(root / "test" / "0.TAR", {"0.png": picture(2), "0.cls": b"cat"})
+  put(root, {"train/1.tar.gz": b"", "README.md": b"", ".cache/0.json": b""})
   source = shards.shards_source(root)
+  assert source.notes[0] == "left out: 2 of other kinds (README.md, 1.tar.gz)"
   assert source.classes == ["bird", "cat", "dog"] and list(source.splits) == ["train", "test"]
   assert [[item.label for item in source.splits[split](0)] for split in source.splits] == [[2, 0], [1]]
 
@@ -141,7 +150,7 @@ def test_labels_of_two_kinds_and_files_without_images_are_refused(tmp_path):
     shards.shards_source(tmp_path / "in")
   pq.write_table(pa.table({"text": ["a"], "n": np.arange(1)}), tmp_path / "0.parquet")
   (tmp_path / "in" / "0.tar").unlink()
-  with pytest.raises(UserError, match="has no column of images, only text, n"):
+  with pytest.raises(UserError, match=r"has no column of images, .* only text \(string\), n \(int64\)"):
     shards.shards_source(tmp_path)
 
 
@@ -157,6 +166,170 @@ def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path):
     shards.shards_source(tmp_path / "in")
   path.write_bytes(whole[: 6 * 1024 + 512])
   assert len(list(shards.shards_source(tmp_path / "in").splits["train"](0))) == 3
+  path.write_bytes(whole[:2048] + bytes(512) + whole[2560:])  # a hole where a header was
+  with pytest.raises(UserError, match=r"0\.tar is damaged, after 0\.cls: copy"):
+    shards.shards_source(tmp_path / "in")
+
+
+def test_tars_joined_by_cat_lose_nothing(tmp_path):
+  parts = []
+  for part in range(3):
+    files = {f"{i}.{kind}": b"%d" % i for i in range(2 * part, 2 * part + 2) for kind in ("png", "cls")}
+    parts.append(write_tar(tmp_path / "part.tar", files).read_bytes())
+  parts[1] = parts[1][: 4 * 1024 + 512]  # one block of zeros, the least that a whole tar has
+  path = write_tar(tmp_path / "in" / "0.tar", {})
+  path.write_bytes(b"".join(parts))
+  assert labels_of(tmp_path / "in") == list("012345")
+  source = shards.shards_source(tmp_path / "in")
+  assert [item.label for item in source.splits["train"](3)] == [3, 4, 5]
+  for last in (parts[2][:1024], parts[2][:1300], b"junk" + parts[2][4:]):
+    path.write_bytes(parts[0] + parts[1] + last)
+    with pytest.raises(UserError, match=r"0\.tar (ends early|is damaged), after .*: copy"):
+      shards.shards_source(tmp_path / "in")
+
+
+def test_a_kind_of_file_that_a_sample_has_already_begins_the_next_one(tmp_path):
+  path = tmp_path / "in" / "0.tar"
+  path.parent.mkdir()
+  rows = [("a.png", b"0"), ("a.cls", b"0"), ("a.PNG", b"1"), ("a.cls", b"1"), ("b.png", b"2"), ("b.png", b"3")]
+  rows += [("b.cls", b"2"), ("c.cls", b"1"), ("c.cls", b"0"), ("c.png", b"4")]
+  with tarfile.open(path, "w") as tar:
+    for name, content in rows:
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
+  assert labels_of(path.parent) == ["0", "1", None, "2", "1", "0"]
+  assert shards.shards_source(path.parent).notes == (
+    "train: images: .png; labels: .cls",
+    "train: samples without an image: 1 (0.tar/c)",
+    "train: samples without a label: 1 of 6 (0.tar/b)",
+  )
+
+
+def test_classes_in_another_order_are_told_by_their_names(tmp_path):
+  write_parquet(tmp_path / "train-0.parquet", [b""] * 3, [0, 1, 2], ["cat", "dog", "cow"])
+  write_parquet(tmp_path / "train-1.parquet", [b""] * 3, [0, 1, -1], ["cow", "cat"])
+  write_parquet(tmp_path / "test.parquet", [b""] * 3, [0, 1, 2], ["cow", "dog", "cat"])
+  write_parquet(tmp_path / "val.parquet", [b""], [1])
+  assert labels_of(tmp_path) == ["cat", "dog", "cow", "cow", "cat", None]
+  assert labels_of(tmp_path, "test") == ["cow", "dog", "cat"] and labels_of(tmp_path, "val") == ["dog"]
+  notes = shards.shards_source(tmp_path).notes
+  assert notes[1] == (
+    "train: files whose classes are in another order, and numbered anew by their names: 1 (train-1.parquet)"
+  )
+  told = "files without names of classes, with numbers that are taken for those of the others: 1 (val.parquet)"
+  assert f"val: {told}" in notes
+  write_parquet(tmp_path / "val.parquet", [b""], [2], ["cat", "dog"])
+  with pytest.raises(UserError, match=r"val\.parquet: there is the label 2, where its metadata names 2 classes"):
+    shards.shards_source(tmp_path)
+  write_parquet(tmp_path / "val.parquet", [b""], [1], ["cat", "emu"])
+  told = r"val\.parquet names its classes cat, emu, and .*/train-0\.parquet cat, dog, cow, without emu: give"
+  with pytest.raises(UserError, match=told):
+    shards.shards_source(tmp_path)
+
+
+NAMES = "label or labels or fine_label or class or cls"
+
+
+@pytest.mark.parametrize(
+  "columns, labels, line",
+  [
+    ({"label": [0.0, None, 2.0]}, ["0", None, "2"], "labels: column label"),
+    ({"label": [0.0, float("nan"), 2.0]}, ["0", None, "2"], "labels: column label"),
+    ({"label": [True, False, None]}, ["1", "0", None], "labels: column label"),
+    ({"label": pa.array(["a", "b", "a"]).dictionary_encode()}, ["a", "b", "a"], "labels: column label"),
+    ({"x": [1] * 3, "fine_label": [0, 1, 2]}, ["0", "1", "2"], "labels: column fine_label (others: x)"),
+    (
+      {"label": [[0]] * 3, "cls": [0, 1, 1]},
+      ["0", "1", "1"],
+      "labels: column cls (others: label (list<element: int64>))",
+    ),
+    ({"text": ["a"] * 3, "label": [b"a"] * 3}, [None] * 3, f"called {NAMES}, only label (binary), text"),
+    ({"label": [Decimal(1)] * 3}, [None] * 3, f"called {NAMES}, only label (decimal128(1, 0))"),
+    ({"target": [0, 1, 2]}, [None] * 3, f"called {NAMES}, only target"),
+    ({}, [None] * 3, f"called {NAMES}, and no other one"),
+    ({"label": [None] * 3}, [None] * 3, "labels: column label"),
+  ],
+)
+def test_every_column_of_labels_is_taken_or_told(tmp_path, columns, labels, line):
+  write_parquet(tmp_path / "0.parquet", [b""] * 3, **columns)
+  assert labels_of(tmp_path) == labels
+  notes = shards.shards_source(tmp_path).notes
+  assert notes[0].startswith("train: images: column image; ") and notes[0].endswith(line)
+  missing = labels.count(None)
+  first = "" if not missing else f"0.parquet/{labels.index(None)}"
+  assert notes[1:] == ((f"train: samples without a label: {missing} of 3 ({first})",) if missing else ())
+
+
+def test_labels_in_tars_are_taken_or_told(tmp_path):
+  held = {"a": b'{"label": 1.0}', "b": b'{"label": null}', "c": b'{"label": [0, 1], "x": 1}', "d": b'{"labels": true}'}
+  files = {f"{name}.{kind}": held[name] if kind == "json" else b"" for name in held for kind in ("png", "json")}
+  write_tar(tmp_path / "0.tar", files | {"e.png": b"", "e.cls": b"0.0"})
+  assert labels_of(tmp_path) == ["1", None, None, "1", "0"]
+  assert shards.shards_source(tmp_path).notes == (
+    'train: images: .png; labels: "label" of .json and "labels" of .json and .cls (others: "x" of .json)',
+    'train: "label" of .json passed over, where it is a list and no number or name: 1 (0.tar/c)',
+    "train: samples without a label: 2 of 5 (0.tar/b)",
+  )
+  write_tar(tmp_path / "0.tar", {"a.png": b"", "a.txt": b"a cat", "a.json": b'{"category": 2}'})
+  line = f'no labels: there is no .cls, and no .json with {NAMES}, only .txt, "category" of .json'
+  assert shards.shards_source(tmp_path).notes[0] == f"train: images: .png; {line}"
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path):
+  write_parquet(tmp_path / "p" / "0.parquet", [b""] * 2, [1.0, 0.5])
+  with pytest.raises(
+    UserError, match=r"0\.parquet: the column label holds 0\.5, and classes are whole numbers or names"
+  ):
+    shards.shards_source(tmp_path / "p")
+  for name, content in (("0.json", b'{"label": 1e999}'), ("0.cls", b"\xff")):
+    write_tar(tmp_path / "t" / "0.tar", {"0.png": b"", name: content})
+    with pytest.raises(UserError, match=r't/0\.tar/0(: "label" of its \.json holds inf|\.cls is no text)'):
+      shards.shards_source(tmp_path / "t")
+
+
+def test_other_columns_and_metadata_that_cannot_be_understood_are_no_traceback(tmp_path):
+  first = tmp_path / "train-0.parquet"
+  write_parquet(first, [b""], [0])
+  for others in ({"y": [0]}, {"label": [[0]]}, {}):
+    write_parquet(tmp_path / "train-1.parquet", [b""], **others)
+    with pytest.raises(
+      UserError, match=r"train-0\.parquet has .*labels: column label; .*train-1\.parquet has .*no labels"
+    ):
+      shards.shards_source(tmp_path)
+  (tmp_path / "train-1.parquet").unlink()
+  (tmp_path / "train-1.parquet").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(UserError, match=r"train-1\.parquet is damaged, or no parquet file"):
+    shards.shards_source(tmp_path)
+  (tmp_path / "train-1.parquet").unlink()
+  for text in ("{no json", "null", "[]", '{"info": null}', '{"info": {"features": {"label": {"names": 5}}}}'):
+    table = pa.table({"image": [b""] * 2, "label": [0, 1]}).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, first)
+    assert labels_of(tmp_path) == ["0", "1"]
+    note = "train: files whose Hugging Face metadata cannot be understood: 1 (train-0.parquet)"
+    assert shards.shards_source(tmp_path).notes[1:] == (note,)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "", " a", "a\x85b", "a\u2028b"])
+def test_names_that_would_shift_the_list_of_classes_are_refused(tmp_path, name):
+  write_parquet(tmp_path / "0.parquet", [b""] * 3, ["a", name, "b"])
+  with pytest.raises(UserError, match=r"has a name that label\.labels\.txt cannot hold: rename it") as error:
+    shards.shards_source(tmp_path)
+  assert repr(name) in str(error.value)
+  write_parquet(tmp_path / "0.parquet", [b""] * 3, [0, 1, 2], ["a", name, "b"])
+  with pytest.raises(UserError, match=r"has a name that label\.labels\.txt cannot hold"):
+    shards.shards_source(tmp_path)
+  write_parquet(tmp_path / "0.parquet", [b""] * 3, [0, 1, 2], ["a", "b", "b"])
+  with pytest.raises(UserError, match="2 classes have the name 'b'"):
+    shards.shards_source(tmp_path)
+
+
+def test_labels_that_changed_in_place_are_no_longer_the_set_that_was_prepared(tmp_path):
+  write_tar(tmp_path / "in" / "0.tar", {"0.png": picture(0), "0.cls": b"0", "1.png": picture(1), "1.cls": b"1"})
+  prepare.write(shards.shards_source(tmp_path / "in"), "mine", tmp_path)
+  write_tar(tmp_path / "in" / "0.tar", {"0.png": picture(0), "0.cls": b"1", "1.png": picture(1), "1.cls": b"0"})
+  with pytest.raises(UserError, match="was not prepared from this source"):
+    prepare.write(shards.shards_source(tmp_path / "in"), "mine", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -187,22 +360,23 @@ def test_images_beside_the_first_labels_that_disagree_and_missing_ones_are_told(
   write_tar(tmp_path / "in" / "0.tar", files)
   write_tar(tmp_path / "in" / "val.tar", {"5.png": picture(5)})
   assert run("shards", tmp_path / "in", f"--data_dir={tmp_path}", "--name=told") == 0
-  assert capsys.readouterr().out.splitlines()[:4] == [
+  assert capsys.readouterr().out.splitlines()[:7] == [
+    'train: images: .left.png, .right.png, .png; labels: .cls (others: .x.cls, .txt, "label" of .json)',
     "train: images left out, beside the first one of a sample: 3 (0.tar/0.right.png)",
     "train: labels of .cls taken where .json has another: 1 (0.tar/1: 1, 0)",
-    "train: samples without a label: 2 of 5",
-    "val: samples without a label: 1 of 1",
+    "train: samples without an image: 1 (0.tar/about)",
+    "train: samples without a label: 2 of 5 (0.tar/3)",
+    f"val: images: .png; no labels: there is no .cls, and no .json with {NAMES}",
+    "val: samples without a label: 1 of 1 (val.tar/5)",
   ]
   wanted = [(picture(i), 1) for i in range(3)] + [(picture(i), -1) for i in (3, 4)]
   assert read_back(tmp_path / "told" / "1.0.0", "train") == wanted
 
 
-def test_rows_without_a_label_are_counted_where_others_have_one(tmp_path):
+def test_splits_may_differ_in_that_one_has_no_labels(tmp_path):
   write_parquet(tmp_path / "train.parquet", [picture(0)] * 3, [0, None, 1])
   write_parquet(tmp_path / "test.parquet", [picture(0)] * 2)
-  assert shards.shards_source(tmp_path).notes == (
-    "train: samples without a label: 1 of 3",
-    "test: samples without a label: 2 of 2",
+  assert shards.shards_source(tmp_path).notes[1::2] == (
+    "train: samples without a label: 1 of 3 (train.parquet/1)",
+    "test: samples without a label: 2 of 2 (test.parquet/0)",
   )
-  write_parquet(tmp_path / "train.parquet", [picture(0)] * 3)
-  assert not shards.shards_source(tmp_path).notes

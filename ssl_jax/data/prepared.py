@@ -61,7 +61,8 @@ def load(
 
   Raises:
     UserError: the set, the version or the split is not there, is not in ArrayRecord form, was not prepared to
-      the end, is empty, or is of arrays that do not fit in `max_bytes`. Each message says what to do.
+      the end, is empty, names more or fewer classes than it has, or is of arrays that do not fit in `max_bytes`. Each
+      message says what to do.
   """
   check_channels(channels)
   builder, prepare = _find(name, data_dir)
@@ -72,7 +73,7 @@ def load(
   label = dict(builder.info.features.items()).get("label")
   # A ClassLabel is an integer scalar too. Other types (a caption, a list) are not classes that a k-NN can predict.
   labelled = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
-  names = tuple(getattr(label, "names", None) or ()) if labelled else ()
+  names = _class_names(builder, label, prepare) if labelled else ()
   encoded = isinstance(builder.info.features["image"], tfds.features.Image)
   needed = n * height * width * channels if height and width else math.inf
   notes: dict[str, Any] = {}
@@ -306,6 +307,19 @@ def _versions(folder):
   """Version folders, the highest first."""
   names = [d.name for d in _folders(folder) if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
   return sorted(names, key=lambda v: [int(part) for part in v.split(".")], reverse=True)
+
+
+def _class_names(builder, label, prepare):
+  """The names of the classes, which TFDS reads from a file of one a line and does not count."""
+  names = tuple(getattr(label, "names", None) or ())
+  if names and len(names) != label.num_classes:
+    folder = pathlib.Path(builder.data_dir)
+    own = (folder / "manifest.json").is_file()  # by `python -m ssl_jax prepare`
+    raise UserError(
+      f"{folder}/label.labels.txt names {len(names)} classes, and features.json says {label.num_classes}: "
+      + ("give its `python -m ssl_jax prepare` command again, which mends it." if own else f"delete it and {prepare}")
+    )
+  return names
 
 
 def _count(builder, name, split):

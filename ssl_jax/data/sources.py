@@ -3,6 +3,7 @@
 Nothing is unpacked to disk, and no more than one image (CIFAR: one of its files) is in memory.
 """
 
+import collections
 import dataclasses
 import functools
 import io
@@ -22,6 +23,7 @@ import tensorflow_datasets as tfds
 
 from ssl_jax.data.folder import EXTENSIONS, find_split, split_folder
 from ssl_jax.data.image import ImageError, page_count, read_image, value_range
+from ssl_jax.data.tars import content, members
 from ssl_jax.errors import UserError
 
 CIFAR_AT = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -57,6 +59,9 @@ class Source:
     channels: of all images.
     homepage, citation, license: where it comes from, and on which terms.
     notes: what was left out of it, in words.
+
+  Raises:
+    UserError: label.labels.txt, which has a name a line, cannot hold a class's name, or two classes have one name.
   """
 
   splits: Mapping[str, Callable[[int], Iterator[Item]]]
@@ -69,6 +74,13 @@ class Source:
   citation: str = ""
   license: str = ""
   notes: tuple[str, ...] = ()
+
+  def __post_init__(self) -> None:
+    for name, count in collections.Counter(self.classes).items():
+      if not name or not name.isprintable() or name != name.strip():
+        raise UserError(f"the class {name!r} has a name that label.labels.txt cannot hold: rename it.")
+      if count > 1:
+        raise UserError(f"{count} classes have the name {name!r}: rename them.")
 
   def features(self, encoding: str | None) -> Any:
     """TFDS's features, for images that are all `encoding`; None: some are JPEG and some PNG."""
@@ -86,7 +98,7 @@ def folder_source(root: pathlib.Path) -> Source:
   has no label (-1).
 
   Raises:
-    UserError: no folder, no images, or a class whose name label.labels.txt cannot hold.
+    UserError: no folder, or no images.
   """
   if not root.is_dir():
     raise UserError(f"there is no folder {root}: name the folder that holds the images.")
@@ -100,9 +112,6 @@ def folder_source(root: pathlib.Path) -> Source:
     raise UserError("; ".join([f"{root} holds no images ({', '.join(EXTENSIONS)})", *notes]))
   inside = {name.partition(os.sep)[0] for listed in names.values() for name in listed if os.sep in name}
   classes = sorted(inside, key=os.fsencode)
-  for name in classes:
-    if not name.isprintable() or name != name.strip():
-      raise UserError(f"{root}: the class folder {name!r} has a name that label.labels.txt cannot hold: rename it.")
   number = {name: i for i, name in enumerate(classes)}
   crc = 0
   for split, listed in names.items():
@@ -174,8 +183,8 @@ def cifar_source(name: str, source: pathlib.Path) -> Source:
   def load(file):
     try:
       with tarfile.open(path) as tar:
-        content = tar.extractfile(f"{inside}/{file}")
-        return load_pickle(content)  # extractfile gives None for a folder, which ends in the except below too.
+        found = tar.extractfile(f"{inside}/{file}")
+        return load_pickle(found)  # extractfile gives None for a folder, which ends in the except below too.
     except Exception as error:  # A damaged pickle can raise any exception.
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
       raise UserError(
@@ -254,7 +263,7 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
       for inner, image in members(train, tar.extractfile(member)):
         seen += 1
         if seen > start:
-          yield check_image(f"{wnid}/{image.name}", _content(train, inner, image), number[wnid])
+          yield check_image(f"{wnid}/{image.name}", content(train, inner, image), number[wnid])
 
   splits: dict[str, Callable[[int], Iterator[Item]]] = {"train": read_train}
   fingerprint = _file_print(train)
@@ -270,7 +279,7 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
       for i, (tar, member) in enumerate(members(val)):
         if i >= start:
           name = pathlib.Path(member.name).name
-          yield check_image(name, _content(val, tar, member), labels[name])
+          yield check_image(name, content(val, tar, member), labels[name])
 
     splits["validation"] = read_val
     fingerprint += f"; {_file_print(val)}; {zlib.crc32(repr(labels).encode()):08x}"
@@ -278,37 +287,6 @@ def imagenet_source(folder: pathlib.Path, val_labels: pathlib.Path | None) -> So
     raise UserError(f"--val_labels is given, and there is no file {val}: put it there, or leave --val_labels out.")
   description = "ImageNet-1k (Russakovsky et al., 2015): the images of ILSVRC2012."
   return Source(splits, wnids, fingerprint, description, homepage="https://image-net.org")
-
-
-def members(path: pathlib.Path, file: Any = None) -> Iterator[tuple[Any, Any]]:
-  """Yields (tar, member) for the files of a tar file, or of `file`, a tar file inside it.
-
-  Raises:
-    UserError: it is no tar file, or it is damaged or ends before the block of zeros that every whole one ends with.
-  """
-  last = "its beginning"
-  try:
-    with tarfile.open(path if file is None else None, "r:", fileobj=file) as tar:
-      while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # TarFile keeps every member that it has read.
-        last = member.name
-        if member.isfile():
-          yield tar, member
-      handle: Any = tar.fileobj
-      handle.seek(tar.offset)
-      block = handle.read(tarfile.BLOCKSIZE)
-  except tarfile.TarError as error:
-    raise UserError(f"{path} is damaged, or no tar file ({error}): copy or download it again.") from error
-  if block != bytes(tarfile.BLOCKSIZE):  # TarFile takes any block that is not a header for the end.
-    state = "ends early" if len(block) < tarfile.BLOCKSIZE else "is damaged"
-    raise UserError(f"{path} {state}, after {last}: copy or download it again.")
-
-
-def _content(path, tar, member):
-  try:
-    return tar.extractfile(member).read()
-  except tarfile.TarError as error:
-    raise UserError(f"{path} ends within {member.name} ({error}): download it again.") from error
 
 
 def _val_labels(val, file, number):
