@@ -52,6 +52,9 @@ def test_attention_takes_any_number_of_tokens_under_a_gradient_on_a_gpu(tokens, 
   texts = of_attention(jnp.bfloat16, tokens, 192)
   assert f"{FUSED}Softmax(" in texts["cuda"] and f"{FUSED}SoftmaxBackward" in texts["cuda"]
   assert FUSED not in texts["cpu"] + texts["tpu"]
+  to = -(-tokens // 8) * 8
+  mask = f"tensor<2x3x{to}x{to}xi1>"
+  assert [mask in texts[platform] for platform in PLATFORMS] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype, width", [(jnp.float32, 192), (jnp.bfloat16, 3 * 12)], ids=["float32", "heads of 12"])
@@ -123,14 +126,15 @@ def test_a_chunk_of_the_bank_suits_the_platform():
     )
 
 
-@pytest.mark.parametrize("tokens", [36, 37])
-def test_the_added_token_changes_no_output_and_no_gradient(tokens, monkeypatch):
+@pytest.mark.parametrize("tokens", [36, 37, 40])
+@pytest.mark.parametrize("name", ["fused_attention", "attention_of_eights"])
+def test_the_added_tokens_change_no_output_and_no_gradient(name, tokens, monkeypatch):
   plain = jax.nn.dot_product_attention
   asked = []
 
-  def by_xla(*args, implementation, **lengths):  # cuDNN's arguments, on a CPU
-    asked.append(implementation)
-    return plain(*args, **lengths)
+  def by_xla(*args, implementation=None, **given):  # cuDNN's arguments, on a CPU
+    asked.append((implementation, args[0].shape[1]))
+    return plain(*args, **given)
 
   q, k, v, c = (jax.random.normal(key, (2, tokens, 3, 8)) for key in jax.random.split(jax.random.key(0), 4))
 
@@ -141,8 +145,8 @@ def test_the_added_token_changes_no_output_and_no_gradient(tokens, monkeypatch):
 
   want = both_ways(plain, q, k, v, c)
   monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-  got = both_ways(vit.fused_attention, q, k, v, c)
-  assert asked == ["cudnn"]
+  got = both_ways(getattr(vit, name), q, k, v, c)
+  assert asked == [("cudnn", {37: 38}.get(tokens, tokens)) if name == "fused_attention" else (None, 40)]
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
