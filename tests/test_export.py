@@ -1,5 +1,7 @@
 """What a folder for other libraries holds; that they load it is shown by hand (test_weights_libraries.py)."""
 
+import functools
+import importlib.util
 import json
 import math
 import pathlib
@@ -25,6 +27,7 @@ VIEW = EvaluationView(20, 16, "bilinear", mean=(0.5,), std=(0.2,))
 SHAPE = dict(patch_size=4, dim=24, depth=2, heads=3, image_size=16)
 FIXED = vit.ViT(**SHAPE, positions="column_first", features="mean")
 LEARNED = vit.ViT(**SHAPE)
+TINY_RESNET = resnet.ResNet(stages=(1,), width=0.125)
 
 
 def random(model, channels=1):
@@ -81,11 +84,12 @@ def test_the_encoders_parts_decide_the_class_and_what_it_has_no_place_for_is_nam
   assert ("add_pooling_layer" in made.usage) == (not parts) and f"[:, {1 + registers}:].mean(1)" in made.usage
 
 
-def test_timm_computes_the_width_of_a_swiglu_from_its_ratio():
+def test_timm_computes_the_width_of_a_swiglu_from_its_ratio_and_is_told_of_no_layer_scale():
   for dim in range(8, 2000, 8):
     for ratio in (2, 3.3, 4):
       _, args = export._timm_vit(vit.ViT(14, dim, 1, 1, mlp_ratio=ratio, ffn="swiglu"))
       assert int(dim * json.loads(json.dumps(args["mlp_ratio"]))) == 2 * vit.swiglu_width(dim, ratio)
+  assert args["init_values"] == 0.0  # transformers reads None as the function's own
 
 
 def test_a_norm_behind_the_pooling_is_timms_fc_norm_and_nothing_of_transformers():
@@ -249,3 +253,27 @@ def test_a_dinov2_run_goes_out_with_its_teachers_mask_token_where_that_has_a_pla
   again = load_weights(tmp_path, model).variables["params"]  # of the run itself
   assert again.keys() == loaded.keys()
   jax.tree.map(np.testing.assert_array_equal, again["blocks_0"], loaded["blocks_0"])
+
+
+@pytest.mark.parametrize(
+  "model, channels",
+  [(LEARNED.clone(depth=1, registers=1), 1), pytest.param(TINY_RESNET, 3, marks=pytest.mark.slow)],
+)
+def test_a_program_of_the_features_takes_any_number_of_images_and_is_proven(tmp_path, model, channels):
+  pytest.importorskip("flatbuffers")
+  variables = jax.tree.map(np.abs, random(model, channels))  # variances too
+  made = export.make_program(model, variables, VIEW, channels=channels, facts={})
+  export.write(made, tmp_path / "out")
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "features.stablehlo"}
+  images = np.random.default_rng(1).normal(size=(3, 16, 16, channels)).astype(np.float32)
+  (difference,) = proof.prove(made, tmp_path / "out", model, variables, images).values()
+  assert difference < 1e-5
+  exec(made.usage.replace("FOLDER", str(tmp_path / "out")), given := dict(jax=jax, images=images[:1]))
+  want = jax.jit(functools.partial(model.apply, train=False))(variables, images[:1])
+  np.testing.assert_allclose(given["features"], want, atol=1e-5 * np.max(np.abs(want)))
+
+
+def test_a_program_needs_flatbuffers_and_says_so(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match="pip install flatbuffers"):
+    export.make_program(LEARNED, {}, VIEW, channels=1, facts={})

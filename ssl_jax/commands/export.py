@@ -9,11 +9,13 @@ too. Where the library is installed, the folder is loaded by it, and the differe
   --workdir=DIR        the run
   --out=DIR            the folder to write, new or empty
   --to=TARGET          timm, hf (ViTModel, Dinov2Model, Dinov2WithRegistersModel or ResNetModel, by the encoder), hf_mae
-                       (ViTMAEForPreTraining, with the decoder), torchvision or safetensors (the arrays alone); by
-                       default timm, or safetensors where timm has no class
+                       (ViTMAEForPreTraining, with the decoder), torchvision, safetensors (the arrays alone) or
+                       stablehlo (the features as a program for jax); by default timm, or safetensors where timm has
+                       no class
   --step=N             which checkpoint; by default the newest
 """
 
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -64,7 +66,8 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
   if target == "hf_mae":
     exported, differences = with_decoder(restored, view, facts, out, images)
   else:
-    exported = export.make(encoder, variables, view, target or "timm", channels=channels, facts=facts)
+    make = export.make_program if target == "stablehlo" else functools.partial(export.make, target=target or "timm")
+    exported = make(encoder, variables, view, channels=channels, facts=facts)
     export.write(exported, out)
     differences = proof.prove(exported, out, encoder, variables, images) if len(images) else {}
   lines = [
@@ -161,6 +164,8 @@ def card(
   shape = ", ".join(f"{name} {value}" for name, value in exported.config["ssl_jax"]["encoder"].items())
   usage = exported.usage.replace("FOLDER", name)
   imports = sorted({*exported.readers, "torch"} if exported.readers else {"ssl_jax"})
+  if exported.program is not None:
+    imports = ["jax.export"]
   return "\n".join(
     [
       *("---", *head, "---", f"# {name}", ""),
@@ -186,7 +191,7 @@ def main() -> None:
     return
   workdir = flags.DEFINE_string("workdir", None, "the run")
   out = flags.DEFINE_string("out", None, "the folder to write, new or empty")
-  target = flags.DEFINE_enum("to", None, [*export.TARGETS, "hf_mae"], "for which library")
+  target = flags.DEFINE_enum("to", None, [*export.TARGETS, "hf_mae", "stablehlo"], "for which library")
   step = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
 
   def start():

@@ -1,5 +1,6 @@
 """An encoder as a folder that timm, transformers or torchvision loads."""
 
+import importlib.util
 import json
 import math
 import pathlib
@@ -7,6 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -18,7 +22,8 @@ from ssl_jax.models.resnet import ResNet
 from ssl_jax.models.vit import ViT, sincos_positions, swiglu_width
 from ssl_jax.weights import layouts
 
-TARGETS = ("timm", "hf", "torchvision", "safetensors")  # and "hf_mae", which has a decoder
+TARGETS = ("timm", "hf", "torchvision", "safetensors")  # and "hf_mae", which has a decoder, and "stablehlo"
+PROGRAM = "features.stablehlo"
 _BICUBIC, _BILINEAR = 3, 2  # Pillow's numbers
 _RESNETS = {  # (stages, bottleneck)
   ((2, 2, 2, 2), False): "resnet18",
@@ -46,13 +51,14 @@ class Exported(NamedTuple):
   """What a folder gets.
 
   Attributes:
-    target: one of TARGETS, or "hf_mae".
-    state: the arrays of model.safetensors.
+    target: one of TARGETS, "hf_mae" or "stablehlo".
+    state: the arrays of model.safetensors, or of the program.
     config: config.json.
     preprocessor: preprocessor_config.json; None: config.json says it, or there is no library that reads it.
     usage: lines of Python that load it and use it.
     readers: the libraries that load it, the one that it is for first; none: only ours does.
     left_out: the encoder's arrays that this layout has no place for.
+    program: what `jax.export.deserialize` takes, in place of model.safetensors.
   """
 
   target: str
@@ -62,6 +68,7 @@ class Exported(NamedTuple):
   usage: str
   readers: tuple[str, ...]
   left_out: tuple[str, ...] = ()
+  program: bytes | None = None
 
 
 def why_not(encoder: nn.Module, target: str, channels: int) -> str:
@@ -159,12 +166,47 @@ def make_mae(
   return Exported("hf_mae", state, config, _preprocessor(view, channels), usage, ("transformers",))
 
 
+def make_program(
+  encoder: nn.Module, variables: Any, view: EvaluationView, *, channels: int, facts: dict[str, Any]
+) -> Exported:
+  """The encoder with its weights as a program of StableHLO, which jax alone runs, on CPUs, CUDA's GPUs and TPUs.
+
+  It maps float32 [b, size, size, C], normalised, for any b to the features, float32 [b, d], in float32 throughout.
+
+  Args:
+    encoder, variables, view, channels, facts: see `make`.
+
+  Raises:
+    UserError: flatbuffers is not installed, by which jax writes and reads such files.
+  """
+  if importlib.util.find_spec("flatbuffers") is None:
+    raise UserError("--to=stablehlo needs flatbuffers here: pip install flatbuffers.")
+  encoder, arrays = encoder.clone(dtype=jnp.float32), jax.tree.map(np.asarray, variables)
+  (b,) = jax.export.symbolic_shape("b")
+  images = jax.ShapeDtypeStruct((b, view.size, view.size, channels), jnp.float32)
+  with jax.default_matmul_precision("highest"):
+    features = jax.jit(lambda images: encoder.apply(arrays, images, train=False))
+    program = jax.export.export(features, platforms=("cpu", "cuda", "tpu"))(images)
+  state = layouts.whole_state(encoder, variables, view.size)
+  left_out = ("mask_token",) if state.pop("mask_token", None) is not None else ()
+  config: dict[str, Any] = dict(program=PROGRAM, jax=jax.__version__)
+  config["ssl_jax"] = facts | {"encoder": shape_of(encoder), "channels": channels, "eval_view": view._asdict()}
+  usage = (
+    f'program = jax.export.deserialize(bytearray(open("FOLDER/{PROGRAM}", "rb").read()))\n'
+    f"features = program.call(images)  # float32 [b, {view.size}, {view.size}, {channels}], normalised"
+  )
+  return Exported("stablehlo", state, config, None, usage, ("jax",), left_out, bytes(program.serialize()))
+
+
 def write(exported: Exported, folder: pathlib.Path) -> None:
   """Writes the folder, which must be new or empty."""
   if folder.exists() and any(folder.iterdir()):
     raise UserError(f"{folder} is not empty: take another --out.")
   folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(exported.state, folder / "model.safetensors", metadata={"format": "pt"})
+  if exported.program is None:
+    safetensors.numpy.save_file(exported.state, folder / "model.safetensors", metadata={"format": "pt"})
+  else:
+    (folder / PROGRAM).write_bytes(exported.program)
   texts = {"config.json": exported.config, "preprocessor_config.json": exported.preprocessor}
   for name, content in texts.items():
     if content is not None:
@@ -212,7 +254,8 @@ def _timm_vit(encoder):
     return _TIMM_VITS.get(shape, "vit_base_patch16_224"), dict(mlp_ratio=encoder.mlp_ratio)
   # The class of a feed-forward network is no argument that JSON holds: only the giant's functions have SwiGLU.
   size = "giant" if encoder.ffn == "swiglu" else _TIMM_DINOV2.get((encoder.dim, encoder.depth, encoder.heads), "base")
-  args = dict(mlp_ratio=encoder.mlp_ratio, init_values=encoder.layer_scale)
+  # 0 is no LayerScale for timm as None is, which transformers' wrapper of timm would take for the function's own.
+  args = dict(mlp_ratio=encoder.mlp_ratio, init_values=encoder.layer_scale or 0.0)
   if encoder.ffn == "swiglu":  # timm computes the width of both parts as int(dim * mlp_ratio)
     width = 2 * swiglu_width(encoder.dim, encoder.mlp_ratio)
     ratio = width / encoder.dim

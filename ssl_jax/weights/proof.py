@@ -8,13 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.methods.mae import mask_from_noise
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.models.vit import ViT
-from ssl_jax.weights.export import Exported
+from ssl_jax.weights.export import PROGRAM, Exported
 
 TOLERANCE = 1e-4  # of the largest feature: float32 in another order of sums
 
@@ -36,8 +37,10 @@ def prove(
   """
   with jax.default_matmul_precision("highest"):
     want = np.asarray(encoder.clone(dtype=jnp.float32).apply(variables, images, train=False))
-  read: dict[str, Callable] = dict(timm=_by_timm, transformers=_by_transformers, torchvision=_by_torchvision)
-  needs = {"torch", *exported.readers[:1]}  # transformers reads timm's folders where timm is
+  read: dict[str, Callable] = dict(
+    timm=_by_timm, transformers=_by_transformers, torchvision=_by_torchvision, jax=_by_jax
+  )
+  needs = {"torch" if exported.program is None else "jax", *exported.readers[:1]}  # transformers reads timm's by timm
   found = {}
   for library in exported.readers:
     if all(importlib.util.find_spec(name) for name in {*needs, library}):
@@ -105,6 +108,11 @@ def _by_transformers(exported, folder, images):
   if exported.target == "timm" and outputs.pooler_output is not None:
     return outputs.pooler_output.numpy()
   return outputs.last_hidden_state.numpy()
+
+
+def _by_jax(exported, folder, images):
+  program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+  return np.asarray(program.call(jnp.asarray(images.transpose(0, 2, 3, 1))))
 
 
 def _by_torchvision(exported, folder, images):
