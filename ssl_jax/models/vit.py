@@ -301,10 +301,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attention_of_eights(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Softmax attention by XLA, with tokens added up to a multiple of 8, which nothing attends to and which are cut off.
+  """Softmax attention by XLA; from 128 tokens on with some added up to a multiple of 8, which nothing attends to.
 
   A TPU's registers have eight rows: its compiler expects an attention layer of 197 tokens and its gradient to take 20 %
-  fewer cycles as one of 200.
+  fewer cycles as one of 200. With few tokens the scores stay in its fast memory, and at 50 tokens it expects 26 % more.
 
   Args:
     q, k, v: floating point [b, n, heads, d].
@@ -314,7 +314,7 @@ def attention_of_eights(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """
   n = q.shape[1]
   more = -n % 8
-  if not more:
+  if n < 128 or not more:
     return jax.nn.dot_product_attention(q, k, v)
   q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
   there = (jnp.arange(n + more) < n)[None, None, None]
