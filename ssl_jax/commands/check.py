@@ -40,7 +40,7 @@ def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarr
   try:
     with taking_turns():
       pixels = files.read(i)
-      levels = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(files.channels)])
+      levels = look.levels(pixels)
       loses = files.channels == 1 and channel_count(files.source(i)) == 3
       return None, pixels.shape, levels, loses and not look.is_grey(read_image(files.source(i), 3, files.window))
   except ImageError as error:

@@ -27,6 +27,7 @@ from absl import flags
 from ssl_jax import parallel
 from ssl_jax.commands import encoders
 from ssl_jax.commands.neighbours import draw, take_file, write_table
+from ssl_jax.data import look
 from ssl_jax.data.crop import centre_crop, crop_box
 from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.data.memory import Cut
@@ -160,10 +161,13 @@ def altered(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   box = crop_box(rng, (height, width), (0.9, 1.0), (0.97 * width / height, width / height / 0.97))
   scale = rng.uniform(0.5, 1)
   size = max(1, round(box[2] * scale)), max(1, round(box[3] * scale))
-  small = resized_crop(pixels, box, size, "bilinear").astype(np.float32)
+  small, values = resized_crop(pixels, box, size, "bilinear"), np.arange(256)
   contrast, brightness = rng.uniform(0.9, 1.1, 2)
-  small = ((small - small.mean()) * contrast + small.mean()) * brightness
-  small, quality = np.clip(np.round(small), 0, 255).astype(np.uint8), int(rng.integers(50, 96))
+  mean = look.levels(small).sum(axis=0) @ values / small.size
+  changed = np.clip(np.round(((values - mean) * contrast + mean) * brightness), 0, 255).astype(np.uint8)
+  for rows in look.strips(small):
+    rows[:] = changed[rows]
+  quality = int(rng.integers(50, 96))
   if channels not in (1, 3):
     return small
   file = io.BytesIO()
