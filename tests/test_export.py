@@ -1,7 +1,9 @@
 """What a folder for other libraries holds; that they load it is shown by hand (test_weights_libraries.py)."""
 
+import errno
 import json
 import math
+import os
 import pathlib
 
 import jax
@@ -17,7 +19,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import mae
 from ssl_jax.models import resnet, vit
 from ssl_jax.models.mae import MAEDecoder
-from ssl_jax.run import cli
+from ssl_jax.run import cli, whole
 from ssl_jax.weights import export, files, layouts
 
 VIEW = EvaluationView(20, 16, "bilinear", mean=(0.5,), std=(0.2,))
@@ -124,8 +126,6 @@ def test_a_folder_comes_back_as_it_was(tmp_path, target):
   variables, made = make(LEARNED, target, VIEW, channels=3)
   export.write(made, tmp_path / "out")
   jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "out", LEARNED).variables, variables)
-  with pytest.raises(UserError, match="is not empty"):
-    export.write(made, tmp_path / "out")
 
 
 def test_a_mae_goes_out_with_its_decoder(tmp_path):
@@ -185,3 +185,22 @@ def test_features_that_differ_are_an_error(unbroken, tmp_path, monkeypatch):
   monkeypatch.setattr(export, "prove", lambda *args: {"timm 1": float("nan")})
   with pytest.raises(UserError, match=r"outputs of timm 1 differ by more than 0\.0001: do not use"):
     command.run(unbroken[0], tmp_path / "mine", None, None)
+  with pytest.raises(UserError, match="mine is not empty: take another --out"):
+    command.run(unbroken[0], tmp_path / "mine", None, None)
+
+
+def test_an_export_that_fails_leaves_nothing_and_goes_on_by_the_same_command(unbroken, tmp_path, monkeypatch):
+  monkeypatch.setattr(cli, "say", lambda line: None)
+  out = tmp_path / "mine"
+
+  def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+    patched.setattr(command, "card", full)  # what is written last
+    command.run(unbroken[0], out, None, None)
+  assert list(out.iterdir()) == []
+  (out / whole._UNFINISHED).mkdir()  # as a kill leaves it
+  (out / whole._UNFINISHED / "config.json").touch()
+  assert command.run(unbroken[0], out, None, None) == 0
+  assert {x.name for x in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}

@@ -36,7 +36,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluation import embeddings, neighbours
 from ssl_jax.evaluation.embeddings import Embeddings
 from ssl_jax.random_streams import ALTERED
-from ssl_jax.run import cli
+from ssl_jax.run import cli, cluster
 from ssl_jax.run.cli import say
 
 SAMPLE = 512  # images that are altered
@@ -199,7 +199,8 @@ def main() -> None:
       raise UserError("give embeddings, an encoder and a folder: duplicates E.npz --workdir=RUN --out=found")
     if not 0 < reach.value < 1:
       raise UserError(f"--reach must be a number between 0 and 1, got {reach.value}.")
-    folders = pathlib.Path(os.path.expanduser(out.value)), folder.value
-    return run(pathlib.Path(file), load(), *folders, reach.value, batch_size.value)
+    found = pathlib.Path(os.path.expanduser(out.value))
+    with cluster.ending_together(orderly=UserError, folder=found):
+      return run(pathlib.Path(file), load(), found, folder.value, reach.value, batch_size.value)
 
   cli.run(start)

@@ -23,7 +23,7 @@ from ssl_jax import config as configs
 from ssl_jax.commands import check_writable
 from ssl_jax.data.crop import shrunk
 from ssl_jax.errors import UserError
-from ssl_jax.run import cli, plots
+from ssl_jax.run import cli, cluster, plots
 
 SIDE = 512  # pixels that are drawn of an image at most, on each side
 
@@ -109,7 +109,9 @@ def main() -> None:
       raise UserError("give a recipe: --config=configs/quickstart.py")
     if pathlib.Path(out.value).suffix not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
       raise UserError(f"--out must end in .png, .jpg, .jpeg, .pdf or .svg, got {out.value}.")
-    check_writable("--out", pathlib.Path(out.value))
-    return draw(recipe.value, pathlib.Path(out.value), images.value)
+    path = pathlib.Path(out.value)
+    check_writable("--out", path)
+    with cluster.ending_together(orderly=UserError, folder=path.parent):
+      return draw(recipe.value, path, images.value)
 
   cli.run(start)

@@ -19,10 +19,10 @@ from ssl_jax import config as configs
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.errors import UserError
 from ssl_jax.page import drawings, look, words
-from ssl_jax.run import cluster, messages
+from ssl_jax.run import cluster, messages, whole
 from ssl_jax.run.cli import say
 from ssl_jax.run.log import read_rows
-from ssl_jax.run.workdir import read_json, read_resolved, write_whole
+from ssl_jax.run.workdir import read_json, read_resolved
 
 PAGE, LOOK = "report.html", "report.json"  # in a workdir: the page, and what it shows beside the rows
 MOST_RUNS = 4  # beside each other: more would not fit in `MOST_BYTES`
@@ -74,7 +74,7 @@ class Pages:
     try:
       found = look.take(features, self.seen, step, drawn, thorough=step == self.run.last_step)
       self.still = self.still or look.still(self.run, self.seen) | facts(self.run)
-      write_whole(self.workdir / LOOK, json.dumps(found | self.still))
+      whole.text(self.workdir / LOOK, json.dumps(found | self.still))
       write_page([self.workdir], self.workdir / PAGE)
     except Exception as error:
       self._give_up(_in_a_line(error))
@@ -122,7 +122,7 @@ def facts(run: Any) -> dict[str, Any]:
 def write_page(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
   """Writes the page of some runs, beside each other, from what their folders hold."""
   text = page([folder(x) | {"figures": figures(x)} for x in workdirs])
-  write_whole(out, text.encode("utf-8", "backslashreplace").decode())
+  whole.text(out, text.encode("utf-8", "backslashreplace").decode())
 
 
 def folder(workdir: pathlib.Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from ssl_jax import monitors
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster, messages
+from ssl_jax.run import cluster, messages, whole
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
 
@@ -36,9 +35,7 @@ class Writer:
   def __init__(self, workdir: pathlib.Path, step: int):
     self.path = workdir / "metrics.jsonl"
     kept = [row for row in read_rows(self.path) if row["step"] <= step]
-    scratch = self.path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(scratch, self.path)
+    whole.text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
     self.file = self.path.open("a")
     # Not tensorboardX.SummaryWriter: on a full disk its thread dies, and the next rows would wait for it for ever.
     (workdir / "tensorboard").mkdir(exist_ok=True)
