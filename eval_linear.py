@@ -52,7 +52,7 @@ from ssl_jax.evaluation import heads, intervals, probe, scores
 from ssl_jax.evaluation.accuracy import LARGEST, guessing
 from ssl_jax.evaluation.features import Extractor, Read, reading
 from ssl_jax.models.vit import ViT
-from ssl_jax.run import cli, cluster
+from ssl_jax.run import cli, cluster, whole
 from ssl_jax.run.cli import say
 
 PROTOCOLS = ("logreg", "heads", "linear")
@@ -304,7 +304,7 @@ def tell_classes(
   if not cluster.is_main():
     return
   try:
-    with path.open("w", newline="") as file:
+    with whole.file(path) as scratch, scratch.open("w", newline="") as file:
       head = ["class", "images", "top1", "top1_low", "top1_high", *(f"answered {x}" for x in title)]
       csv.writer(file).writerows([head, *rows])
     say(f"wrote {path}: the classes, and how often which was answered, summed over {len(answered)} draw(s)")

@@ -50,18 +50,17 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
   if start >= run.last_step:
     say(f"complete: {workdir} holds the checkpoint of step {start}, of {run.last_step}; nothing to do")
     return 0
-  if cluster.is_main():
-    workdirs.write_start(run, workdir)
   for line in messages.describe(run):
     say(line)
-  say(f"resuming at step {start}" if restored else f"starting in {workdir}")
-
+  told: list[str] = []
   if restored:
     train = TrainState(**restored[1])
-  else:
+  else:  # Before anything is written: the weights of `init_from` may be the wrong ones.
     train, told = cluster.together(lambda: build.first_state(run))
-    for line in told:
-      say(line)
+  if cluster.is_main():
+    workdirs.write_start(run, workdir)
+  for line in (f"resuming at step {start}" if restored else f"starting in {workdir}", *told):
+    say(line)
   step, number = fit(run, train, start, workdir, stopping)
   if step < run.last_step:
     name = signal.Signals(number).name

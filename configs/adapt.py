@@ -22,6 +22,7 @@ def get_config(version="vit_small"):
     raise UserError(f"configs/adapt.py knows vit_small, vit_base and quickstart, got {version!r}.")
   quick = version == "quickstart"
   config = configs.base()
+  config.init_from = ""  # no weights, which is refused: the command has to name them
   config.epochs = 8 if quick else 20
   config.batch_size = 64 if quick else 256
   config.dtype = "float32" if quick else "bfloat16"

@@ -21,7 +21,7 @@ from ssl_jax import advise, data, decide, flops, methods, microbatch, models, op
 from ssl_jax import config as configs
 from ssl_jax.augment import EvaluationView, View
 from ssl_jax.data import Dataset, look
-from ssl_jax.data.dataset import usable_cores
+from ssl_jax.data.dataset import SAMPLE, usable_cores
 from ssl_jax.data.folder import files_of
 from ssl_jax.decide import Decision
 from ssl_jax.errors import NoSplit, UserError
@@ -208,11 +208,13 @@ def settled(
 ) -> tuple[Any, list[Decision]]:
   """(a config that leaves nothing open, what was decided), after a look at the images."""
   decided: list[Decision] = []
-  if not decide.is_open(config):
-    configs.check_values(config)
-    return config, decided
-  config, told = decide.plain(config), []
+  was_open = decide.is_open(config)
+  config, told = decide.plain(config) if was_open else config, []
   configs.check_values(config)
+  if config.data.folder:  # whose images may be large
+    tell(f"looking at {SAMPLE} images of {config.data.folder} at most")
+  if not was_open:
+    return config, decided
   if saved is not None:
     config, decided = decide.completed(config, saved.config), saved.decided
   else:

@@ -34,7 +34,7 @@ _SIDE = optional(whole())
 _PROFILED = "two steps, the first at least 1 and not after the last"
 SETTINGS: dict[str, Any] = {  # the shared keys; the other sections' tables stand beside what reads them
   "seed": whole(0, 2**31 - 1, required=True),
-  "init_from": optional(text()),
+  "init_from": optional(Setting(text().holds, "a workdir, an export or a file of weights to start from")),
   "init_optimizer": optional(flag()),
   "heads_first_steps": optional(whole()),
   "guard": optional(flag()),

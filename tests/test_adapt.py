@@ -12,6 +12,7 @@ import safetensors.numpy
 import train
 from runs import ROOT, final_state
 from ssl_jax import build, restore
+from ssl_jax.errors import UserError
 from ssl_jax.evaluation import guard
 from ssl_jax.evaluation.features import Features
 from ssl_jax.weights import layouts
@@ -25,6 +26,14 @@ def small_config(**overrides):
   given |= {"heads_first_steps": 4, "log_every_steps": 2, "checkpoint_every_steps": 2, "lr.base": 0.05}
   config.update_from_flattened_dict(given | overrides)
   return config
+
+
+@pytest.mark.parametrize("version", ["vit_small", "quickstart"])
+def test_no_weights_to_adapt_are_refused_before_any_work(version, monkeypatch):
+  monkeypatch.setattr(build, "dataset", None)  # the work
+  config = runpy.run_path(str(ROOT / "configs" / "adapt.py"))["get_config"](version)
+  with pytest.raises(UserError, match=r"^init_from must be a workdir, an export or a file of weights to start from"):
+    build.run(config)
 
 
 @pytest.fixture

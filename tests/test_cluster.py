@@ -243,11 +243,12 @@ def test_flags_that_do_not_fit_are_refused(arguments, text):
 
 
 @pytest.mark.parametrize("error", [OSError, lambda *args: ValueError(f"RESOURCE_EXHAUSTED: {OSError(*args)}")])
-def test_a_full_disk_is_told_in_a_line(error):
-  told = (
-    rf"cannot write to {os.getcwd()}: No space left on device, [\d,]+ bytes are free\. What was saved before is whole"
-  )
-  with pytest.raises(UserError, match=told), cluster.ending_together():
+def test_a_full_disk_is_told_in_a_line(error, tmp_path):
+  told = rf"cannot write to {tmp_path}: No space left on device, [\d,]+ bytes are free\. What was saved before is whole"
+  with pytest.raises(UserError, match=told), cluster.ending_together(folder=tmp_path):
+    raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  # No disk is named that need not be the full one.
+  with pytest.raises(UserError, match=r"^cannot write: No space left on device\."), cluster.ending_together():
     raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

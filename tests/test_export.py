@@ -1,9 +1,11 @@
 """What a folder for other libraries holds; that they load it is shown by hand (test_weights_libraries.py)."""
 
+import errno
 import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 
 import jax
@@ -20,7 +22,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import mae
 from ssl_jax.models import resnet, vit
 from ssl_jax.models.mae import MAEDecoder
-from ssl_jax.run import cli
+from ssl_jax.run import cli, whole
 from ssl_jax.weights import export, files, layouts, proof
 
 VIEW = EvaluationView(20, 16, "bilinear", mean=(0.5,), std=(0.2,))
@@ -161,8 +163,6 @@ def test_a_folder_comes_back_as_it_was(tmp_path, target):
   variables, made = make(LEARNED, target, VIEW, channels=3)
   export.write(made, tmp_path / "out")
   jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "out", LEARNED).variables, variables)
-  with pytest.raises(UserError, match="is not empty"):
-    export.write(made, tmp_path / "out")
 
 
 def test_a_mae_goes_out_with_its_decoder(tmp_path):
@@ -222,6 +222,8 @@ def test_features_that_differ_are_an_error(unbroken, tmp_path, monkeypatch):
   monkeypatch.setattr(proof, "prove", lambda *args: {"timm 1": float("nan")})
   with pytest.raises(UserError, match=r"outputs of timm 1 differ by more than 0\.0001: do not use"):
     command.run(unbroken[0], tmp_path / "mine", None, None)
+  with pytest.raises(UserError, match="mine is not empty: take another --out"):
+    command.run(unbroken[0], tmp_path / "mine", None, None)
 
 
 @pytest.mark.parametrize("target", ["timm", "hf", "safetensors"])
@@ -277,3 +279,20 @@ def test_a_program_needs_flatbuffers_and_says_so(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match="pip install flatbuffers"):
     export.make_program(LEARNED, {}, VIEW, channels=1, facts={})
+
+
+def test_an_export_that_fails_leaves_nothing_and_goes_on_by_the_same_command(unbroken, tmp_path, monkeypatch):
+  monkeypatch.setattr(cli, "say", lambda line: None)
+  out = tmp_path / "mine"
+
+  def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+    patched.setattr(command, "card", full)  # what is written last
+    command.run(unbroken[0], out, None, None)
+  assert list(out.iterdir()) == []
+  (out / whole._UNFINISHED).mkdir()  # as a kill leaves it
+  (out / whole._UNFINISHED / "config.json").touch()
+  assert command.run(unbroken[0], out, None, None) == 0
+  assert {x.name for x in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}

@@ -175,3 +175,16 @@ def test_a_run_started_so_goes_on_without_reading_the_weights_again(unbroken, tm
   config.stop_after_steps = 2
   assert train.main(config, tmp_path / "run") == 0
   assert "resuming at step 1" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_taken_leave_nothing_in_the_workdir(tmp_path, monkeypatch, capsys):
+  def refuse(run):
+    raise UserError("x is damaged")
+
+  monkeypatch.setattr(build, "first_state", refuse)
+  monkeypatch.setattr(train.messages, "describe", lambda run: [])
+  monkeypatch.setattr(train.workdirs, "write_start", lambda run, workdir: (workdir / "config.json").touch())
+  run = types.SimpleNamespace(config=None, last_step=4, state=training.TrainState(0, {}, {}, ()))
+  with pytest.raises(UserError, match="x is damaged"):
+    train.go_on(run, tmp_path, lambda: 0)
+  assert not list(tmp_path.iterdir()) and "starting" not in capsys.readouterr().out

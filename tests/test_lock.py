@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from runs import rows, start
+from runs import start
 from ssl_jax.errors import UserError
 from ssl_jax.run import lock
 
@@ -135,10 +136,14 @@ def test_where_nothing_can_be_written_the_path_is_told(tmp_path):
 
 
 def test_of_two_runs_started_at_once_in_one_workdir_one_is_refused(cache, tmp_path):
-  processes = {seed: start(cache, "train.py", tmp_path / "run", seed=seed) for seed in (0, 1)}
-  printed = {seed: process.communicate(timeout=240)[0] for seed, process in processes.items()}
-  winner, other = sorted(processes, key=lambda seed: processes[seed].returncode)
-  assert (processes[winner].returncode, processes[other].returncode) == (0, 1), printed
-  assert f"is in use by another run: process {processes[winner].pid} on" in printed[other]
+  processes = {seed: start(cache, "train.py", tmp_path / "run", seed=seed, steps=100_000) for seed in (0, 1)}
+  deadline = time.monotonic() + 240
+  while all(process.poll() is None for process in processes.values()) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  other, winner = sorted(processes, key=lambda seed: processes[seed].poll() is None)
+  printed = processes[other].communicate(timeout=10)[0]
+  processes[winner].send_signal(signal.SIGTERM)
+  processes[winner].communicate(timeout=120)
+  assert processes[other].returncode == 1 and processes[winner].returncode != 1, printed
+  assert f"is in use by another run: process {processes[winner].pid} on" in printed
   assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == winner
-  assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == list(range(2, 21, 2))

@@ -10,6 +10,7 @@ from test_train import folder_config, small_config
 from ssl_jax import augment, build
 from ssl_jax import config as configs
 from ssl_jax.commands import show
+from ssl_jax.data.crop import shrunk
 from ssl_jax.run import plots
 
 LOOK = dict(scale=(0.2, 0.9), solarize_p=0.5)
@@ -44,10 +45,18 @@ def test_the_views_are_those_of_the_first_step(photographs, tmp_path, streamed, 
   assert sizes == [[originals[0].shape, (16, 16, c), (8, 8, c), (16, 16, c)]]
 
 
-def test_a_folder_of_fewer_images_than_a_batch_is_shown(photographs):
+def test_a_folder_of_fewer_images_than_a_batch_is_shown_and_large_ones_are_shrunk(photographs, monkeypatch):
+  monkeypatch.setattr(show, "SIDE", 20)
   config = folder_config(photographs, batch_size=512)
   originals, drawn = show.first_views(config, build.dataset(config, "train"), 6)
   assert len(originals) == 6 and all(len(view) == 6 for view in drawn)
+  assert all(max(x.shape[:2]) == 20 for x in originals)
+
+
+def test_shrunk_keeps_the_proportions_and_leaves_small_images_alone():
+  pixels = np.random.default_rng(0).integers(0, 256, (50, 20, 3), np.uint8)
+  assert shrunk(pixels, 25).shape == (25, 10, 3) and shrunk(pixels[:, :1], 10).shape == (10, 1, 3)
+  assert shrunk(pixels, 50) is pixels
 
 
 def test_a_caption_says_what_the_recipe_does():

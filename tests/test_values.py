@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -20,8 +21,8 @@ from test_train import folder_config
 from runs import ROOT
 from ssl_jax import build, data
 from ssl_jax.augment import EvaluationView, View
-from ssl_jax.commands import check, prepare
-from ssl_jax.data import image, stream, turns
+from ssl_jax.commands import check, duplicates, prepare
+from ssl_jax.data import folder, image, look, stream, turns
 from ssl_jax.data.image import ImageError, read_image, value_range
 from ssl_jax.errors import UserError
 from ssl_jax.run import messages
@@ -298,6 +299,36 @@ def test_only_small_images_are_held_in_memory(tmp_path):
   assert "streamed" not in data.load_folder(tmp_path, "train", channels=1).kind
 
 
+@pytest.mark.parametrize("what", ["look", "check", "altered"])
+def test_no_copies_of_a_large_image_are_made(tmp_path, what):
+  rng = np.random.default_rng(0)
+  small = PIL.Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+  small.resize((3000, 2000)).save(tmp_path / "0.jpg", quality=30)
+  files = folder.files_of(tmp_path, "train")
+  pixels = files.read(0)
+  act = {
+    "look": lambda: look.look_at_files(files),
+    "check": lambda: check.examine(files, 0),
+    "altered": lambda: duplicates.altered(pixels, np.random.default_rng(1)),
+  }[what]
+  tracemalloc.start()
+  found = act()
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 6 * pixels.nbytes  # what decoding needs
+  if what == "look":
+    np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1)) / 255, atol=1e-4)
+    np.testing.assert_allclose(found.std, pixels.std(axis=(0, 1)) / 255, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 700_000, 2), (1000, 1100, 1)])
+def test_levels_are_counted_over_all_rows(shape):
+  pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  want = [np.count_nonzero(pixels == level, axis=(0, 1)) for level in (0, 7, 255)]
+  np.testing.assert_array_equal(look.levels(pixels)[:, [0, 7, 255]].T, want)
+  assert look.levels(pixels).sum() == pixels.size
+
+
 READING = """
 from ssl_jax import data
 from ssl_jax.augment import View
@@ -310,7 +341,7 @@ import pathlib
 import train
 sys.path[:0] = ["tests", "tests/golden"]
 from test_train import folder_config
-settings = {"data.threads": 4, "data.test_split": "", "lr.warmup_epochs": 0.0}
+settings = {"report": True, "data.threads": 4, "data.test_split": "", "lr.warmup_epochs": 0.0}
 config = folder_config(folder, batch_size=copies, steps=2, **settings)
 assert train.main(config, pathlib.Path(folder) / "run") == 0
 """
@@ -318,19 +349,23 @@ assert train.main(config, pathlib.Path(folder) / "run") == 0
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-  "code, copies, most",
+  "code, copies, beside, most",
   [
-    pytest.param(READING, 3, 1.4e9, marks=pytest.mark.slow),
-    pytest.param(TRAINING, 4, 1.7e9, marks=pytest.mark.slow),
-    pytest.param(TRAINING, 128, 1.7e9, marks=pytest.mark.slow),
+    pytest.param(READING, 3, False, 1.4e9, marks=pytest.mark.slow),
+    pytest.param(TRAINING, 4, False, 1.7e9, marks=pytest.mark.slow),
+    pytest.param(TRAINING, 128, False, 1.7e9, marks=pytest.mark.slow),
+    pytest.param(TRAINING, 6, True, 1.7e9, marks=pytest.mark.slow),
   ],
-  ids=["reading", "training", "training on the quickstart's batch"],
+  ids=["reading", "training", "training on the quickstart's batch", "training on one beside small ones"],
 )
-def test_photographs_of_120_megapixels_need_bounded_memory(tmp_path, cache, code, copies, most):
+def test_photographs_of_120_megapixels_need_bounded_memory(tmp_path, cache, code, copies, beside, most):
   small = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8))
   small.resize((12_000, 10_000)).save(tmp_path / "0.jpg", quality=30)
   for i in range(1, copies):
-    os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
+    if beside:
+      small.save(tmp_path / f"{i}.png")
+    else:
+      os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
   peak = 'print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])'
   code = f"import sys\nfolder, copies = sys.argv[1], int(sys.argv[2])\n{code}\n{peak}"
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}

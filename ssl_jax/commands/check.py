@@ -25,7 +25,7 @@ from ssl_jax.data.folder import EXTENSIONS, Files, find_files, is_image
 from ssl_jax.data.image import ImageError, channel_count, read_image
 from ssl_jax.data.turns import taking_turns
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, whole
 
 FEW = 32  # levels of 256 below which an image is told
 
@@ -40,7 +40,7 @@ def examine(files: Files, i: int) -> tuple[str | None, tuple[int, ...], np.ndarr
   try:
     with taking_turns():
       pixels = files.read(i)
-      levels = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(files.channels)])
+      levels = look.levels(pixels)
       loses = files.channels == 1 and channel_count(files.source(i)) == 3
       return None, pixels.shape, levels, loses and not look.is_grey(read_image(files.source(i), 3, files.window))
   except ImageError as error:
@@ -132,6 +132,6 @@ def examine_all(args: argparse.Namespace) -> int:
     shown = [", ".join(f"{x:.4f}" for x in values) for values in (mean, std)]
     print(f"mean ({shown[0]}), std ({shown[1]}), in [0, 1]")
   if args.report:
-    args.report.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())))
+    whole.text(args.report, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())))
     print(f"wrote {args.report}")
   return 1 if not sizes or (args.strict and bad) else 0

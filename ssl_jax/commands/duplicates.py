@@ -27,6 +27,7 @@ from absl import flags
 from ssl_jax import parallel
 from ssl_jax.commands import encoders
 from ssl_jax.commands.neighbours import draw, take_file, write_table
+from ssl_jax.data import look
 from ssl_jax.data.crop import centre_crop, crop_box
 from ssl_jax.data.image import ImageError, read_image
 from ssl_jax.data.memory import Cut
@@ -35,7 +36,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluation import embeddings, neighbours
 from ssl_jax.evaluation.embeddings import Embeddings
 from ssl_jax.random_streams import ALTERED
-from ssl_jax.run import cli
+from ssl_jax.run import cli, cluster
 from ssl_jax.run.cli import say
 
 SAMPLE = 512  # images that are altered
@@ -160,10 +161,13 @@ def altered(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   box = crop_box(rng, (height, width), (0.9, 1.0), (0.97 * width / height, width / height / 0.97))
   scale = rng.uniform(0.5, 1)
   size = max(1, round(box[2] * scale)), max(1, round(box[3] * scale))
-  small = resized_crop(pixels, box, size, "bilinear").astype(np.float32)
+  small, values = resized_crop(pixels, box, size, "bilinear"), np.arange(256)
   contrast, brightness = rng.uniform(0.9, 1.1, 2)
-  small = ((small - small.mean()) * contrast + small.mean()) * brightness
-  small, quality = np.clip(np.round(small), 0, 255).astype(np.uint8), int(rng.integers(50, 96))
+  mean = look.levels(small).sum(axis=0) @ values / small.size
+  changed = np.clip(np.round(((values - mean) * contrast + mean) * brightness), 0, 255).astype(np.uint8)
+  for rows in look.strips(small):
+    rows[:] = changed[rows]
+  quality = int(rng.integers(50, 96))
   if channels not in (1, 3):
     return small
   file = io.BytesIO()
@@ -195,7 +199,8 @@ def main() -> None:
       raise UserError("give embeddings, an encoder and a folder: duplicates E.npz --workdir=RUN --out=found")
     if not 0 < reach.value < 1:
       raise UserError(f"--reach must be a number between 0 and 1, got {reach.value}.")
-    folders = pathlib.Path(os.path.expanduser(out.value)), folder.value
-    return run(pathlib.Path(file), load(), *folders, reach.value, batch_size.value)
+    found = pathlib.Path(os.path.expanduser(out.value))
+    with cluster.ending_together(orderly=UserError, folder=found):
+      return run(pathlib.Path(file), load(), found, folder.value, reach.value, batch_size.value)
 
   cli.run(start)

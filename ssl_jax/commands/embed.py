@@ -84,6 +84,7 @@ def main() -> None:
       raise UserError("give a file to write: --out=E.npz, or E.parquet.")
     path = pathlib.Path(os.path.expanduser(out.value))
     embeddings.check_format(path)
-    return run(load(), folder.value, split.value, path, batch_size.value)
+    with cluster.ending_together(orderly=UserError, folder=path.parent):
+      return run(load(), folder.value, split.value, path, batch_size.value)
 
   cli.run(start, joins=True)

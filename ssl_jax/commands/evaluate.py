@@ -15,7 +15,7 @@ from ssl_jax.data.folder import files_of
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import cache
 from ssl_jax.evaluation.features import Extractor
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, whole
 from ssl_jax.run.cli import say
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "the run to evaluate")
@@ -91,7 +91,7 @@ def hand_over(figures: dict[str, Any], workdir: pathlib.Path, name: str) -> None
   path = place(workdir, name, "json")
   if cluster.is_main():
     try:
-      path.write_text(json.dumps(figures, indent=2) + "\n")
+      whole.text(path, json.dumps(figures, indent=2) + "\n")
     except OSError as error:  # another's run, say; the figures are not lost
       say(f"not written: {path} ({error.strerror})")
   say(json.dumps(figures))

@@ -29,7 +29,7 @@ from ssl_jax import config as configs
 from ssl_jax.commands import check_writable
 from ssl_jax.errors import UserError
 from ssl_jax.models.mae import MAEDecoder
-from ssl_jax.run import cli, log
+from ssl_jax.run import cli, cluster, log, whole
 from ssl_jax.run.workdir import read_resolved
 from ssl_jax.weights import export, proof
 
@@ -63,23 +63,24 @@ def run(workdir: pathlib.Path, out: pathlib.Path, target: str | None, step: int 
     cli.say(f"{reason}: the arrays alone are written")
   facts = facts_of(workdir, restored)
   images, source = real_images(config, view)
-  if target == "hf_mae":
-    exported, differences = with_decoder(restored, view, facts, out, images)
-  else:
-    make = export.make_program if target == "stablehlo" else functools.partial(export.make, target=target or "timm")
-    exported = make(encoder, variables, view, channels=channels, facts=facts)
-    export.write(exported, out)
-    differences = proof.prove(exported, out, encoder, variables, images) if len(images) else {}
-  lines = [
-    f"{library}: the outputs for {len(images)} images of {source} differ by at most {value:.1e} of the largest"
-    for library, value in differences.items()
-  ]
-  if not lines:
-    needed = " and ".join(exported.readers)
-    missing = f"{needed} and torch are needed here" if needed else "ssl_jax alone loads these arrays"
-    lines = [f"nothing was proven: {missing if len(images) else 'there are no images to compare by'}"]
+  with whole.folder(out) as work:
+    if target == "hf_mae":
+      exported, differences = with_decoder(restored, view, facts, work, images)
+    else:
+      make = export.make_program if target == "stablehlo" else functools.partial(export.make, target=target or "timm")
+      exported = make(encoder, variables, view, channels=channels, facts=facts)
+      export.write(exported, work)
+      differences = proof.prove(exported, work, encoder, variables, images) if len(images) else {}
+    lines = [
+      f"{library}: the outputs for {len(images)} images of {source} differ by at most {value:.1e} of the largest"
+      for library, value in differences.items()
+    ]
+    if not lines:
+      needed = " and ".join(exported.readers)
+      missing = f"{needed} and torch are needed here" if needed else "ssl_jax alone loads these arrays"
+      lines = [f"nothing was proven: {missing if len(images) else 'there are no images to compare by'}"]
+    (work / "README.md").write_text(card(out.resolve().name, exported, facts, view, lines))
   left = [f"left out, since this layout has no place for it: {name}" for name in exported.left_out]
-  (out / "README.md").write_text(card(out.resolve().name, exported, facts, view, lines))
   for line in [f"step {restored.step} of {workdir}: {facts['weights']}", *left, *lines]:
     cli.say(line)
   for path in sorted(out.iterdir()):
@@ -197,6 +198,8 @@ def main() -> None:
   def start():
     if not workdir.value or not out.value:
       raise UserError("give a run and a folder: --workdir=runs/quickstart --out=exported")
-    return run(pathlib.Path(workdir.value), pathlib.Path(out.value), target.value, step.value)
+    folder = pathlib.Path(out.value)
+    with cluster.ending_together(orderly=UserError, folder=folder):
+      return run(pathlib.Path(workdir.value), folder, target.value, step.value)
 
   cli.run(start)

@@ -10,7 +10,7 @@ from ml_collections.config_flags import config_path
 
 from ssl_jax import restore
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster, log
+from ssl_jax.run import cluster, log, whole
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
 
@@ -67,5 +67,5 @@ def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: A
   settings = {"learning_rate": config.lr.base, length: config[length], "batch_size": config.batch_size}
   figures = facts | {"labels": config.method.get("labels") or "all"} | settings | last | guessing
   if cluster.is_main():
-    workdirs.write_whole(path, json.dumps(figures, indent=2) + "\n")
+    whole.text(path, json.dumps(figures, indent=2) + "\n")
   say(json.dumps(figures))

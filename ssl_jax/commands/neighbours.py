@@ -30,7 +30,7 @@ from ssl_jax.data.image import ImageError
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import embeddings, neighbours
 from ssl_jax.evaluation.embeddings import Embeddings
-from ssl_jax.run import cli, plots
+from ssl_jax.run import cli, cluster, plots, whole
 from ssl_jax.run.cli import say
 
 _DRAWN, _SHOWN, _SIDE = 6, 8, 256  # rows and neighbours in the picture, pixels of one
@@ -93,12 +93,10 @@ def queries_of(bank: Embeddings, of: str | None) -> tuple[Embeddings, np.ndarray
 def write_table(path: pathlib.Path, head: Sequence[str], lines: Any) -> None:
   """Writes a CSV file line by line; it is there when it is whole."""
   check_writable("--out", path)
-  scratch = path.with_suffix(".tmp")
-  with scratch.open("w", newline="", encoding="utf-8") as file:
+  with whole.file(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file)
     writer.writerow(head)
     writer.writerows(lines)
-  os.replace(scratch, path)
 
 
 def draw(
@@ -141,7 +139,9 @@ def main() -> None:
   def start():
     if not file or not out.value:
       raise UserError("give embeddings and a folder: neighbours E.npz --out=found")
-    return run(pathlib.Path(file), of.value, pathlib.Path(os.path.expanduser(out.value)), k.value, folder.value)
+    found = pathlib.Path(os.path.expanduser(out.value))
+    with cluster.ending_together(orderly=UserError, folder=found):
+      return run(pathlib.Path(file), of.value, found, k.value, folder.value)
 
   cli.run(start)
 

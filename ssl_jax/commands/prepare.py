@@ -33,7 +33,7 @@ from ssl_jax.commands import Parser
 from ssl_jax.data import prepared, shards, sources
 from ssl_jax.data.fashion_mnist import PUBLISHED_AT, fashion_mnist_source
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, whole
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 VERSION = tfds.core.Version("1.0.0")
@@ -76,10 +76,10 @@ def write(source: sources.Source, name: str, data_dir: pathlib.Path, *, shard_by
       raise UserError(f"{folder} was not prepared from this source: delete it, or choose another --data_dir or name.")
     damaged = [entry["file"] for entry in manifest["shards"] if not _is_intact(folder, entry)]
     metadata = ("dataset_info.json", "features.json", *(["label.labels.txt"] if source.classes else []))
-    whole = all((folder / file).is_file() for file in metadata)
-    if whole and source.classes:
-      whole = (folder / "label.labels.txt").read_text().splitlines() == source.classes
-    if not damaged and whole:
+    complete = all((folder / file).is_file() for file in metadata)
+    if complete and source.classes:
+      complete = (folder / "label.labels.txt").read_text().splitlines() == source.classes
+    if not damaged and complete:
       print(f"already prepared, nothing changed: {_summary(folder)}")
       return _print_use(name, data_dir, folder)
     print(f"{folder} is damaged ({', '.join(damaged) or 'its metadata'}): writing that again")
@@ -298,9 +298,7 @@ def _read_manifest(folder):
 
 
 def _write_manifest(folder, manifest):
-  new = folder / "manifest.json.new"
-  new.write_text(json.dumps(manifest, indent=1))
-  new.replace(folder / "manifest.json")
+  whole.text(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _is_intact(folder, entry):

@@ -18,8 +18,7 @@ from ssl_jax.commands import Parser, check_writable
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import during_training
 from ssl_jax.page import look, pages
-from ssl_jax.run import cluster
-from ssl_jax.run.workdir import write_whole
+from ssl_jax.run import cluster, whole
 from ssl_jax.training import TrainState
 
 
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
   except UserError as error:
     return parser.tell(str(error))
   except OSError as error:
-    return parser.tell(cluster.refusal(error, args.out) or f"{error.filename}: {error.strerror}")
+    return parser.tell(cluster.refusal(error, args.out or args.runs[0]) or f"{error.filename}: {error.strerror}")
   return 0
 
 
@@ -58,7 +57,7 @@ def write(workdirs: list[pathlib.Path], out: pathlib.Path | None, fresh: bool) -
         key: last[key] for key in ("environment", "described", "command") if key in last
       }  # of the training itself
       try:
-        write_whole(workdir / pages.LOOK, json.dumps(look_again(workdir) | told))
+        whole.text(workdir / pages.LOOK, json.dumps(look_again(workdir) | told))
       except UserError as error:
         print(f"{workdir}: no new pictures: {error}")
   pages.write_page(workdirs, out)

@@ -21,8 +21,11 @@ from ml_collections import config_flags
 from ssl_jax import augment, build, data, parallel
 from ssl_jax import config as configs
 from ssl_jax.commands import check_writable
+from ssl_jax.data.crop import shrunk
 from ssl_jax.errors import UserError
-from ssl_jax.run import cli, plots
+from ssl_jax.run import cli, cluster, plots
+
+SIDE = 512  # pixels that are drawn of an image at most, on each side
 
 
 def first_views(config, dataset: data.Dataset, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -34,7 +37,8 @@ def first_views(config, dataset: data.Dataset, count: int) -> tuple[list[np.ndar
     count: how many images, at most a batch.
 
   Returns:
-    Images uint8 [H, W, C], `count` of them; and for each view float32 [count, size, size, C], as the network gets it.
+    Images uint8 [H, W, C], `count` of them, large ones shrunk to `SIDE` pixels; and for each view float32 [count, size,
+    size, C], as the network gets it.
   """
   views = configs.views(config)
   batch_size = min(config.batch_size, len(dataset))  # The data set may be smaller than a batch.
@@ -48,7 +52,7 @@ def first_views(config, dataset: data.Dataset, count: int) -> tuple[list[np.ndar
     for indices, xs in zip(augment.by_resolution(views).values(), drawn, strict=True)
     for i, x in zip(indices, xs, strict=True)
   }
-  originals = [dataset.original(int(example["index"])) for example in examples]
+  originals = [shrunk(dataset.original(int(example["index"])), SIDE) for example in examples]
   return originals, [np.asarray(by_view[i]) for i in range(len(views))]
 
 
@@ -105,7 +109,9 @@ def main() -> None:
       raise UserError("give a recipe: --config=configs/quickstart.py")
     if pathlib.Path(out.value).suffix not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
       raise UserError(f"--out must end in .png, .jpg, .jpeg, .pdf or .svg, got {out.value}.")
-    check_writable("--out", pathlib.Path(out.value))
-    return draw(recipe.value, pathlib.Path(out.value), images.value)
+    path = pathlib.Path(out.value)
+    check_writable("--out", path)
+    with cluster.ending_together(orderly=UserError, folder=path.parent):
+      return draw(recipe.value, path, images.value)
 
   cli.run(start)

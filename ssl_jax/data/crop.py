@@ -47,6 +47,16 @@ def crop_box(rng: np.random.Generator, image_size: tuple[int, ...], scale, ratio
   return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
 
 
+def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
+  """An image of any size, uint8 [H, W, C], as one of at most `side` pixels on each side; a smaller one as it is."""
+  scale = side / max(pixels.shape[:2])
+  if scale >= 1:
+    return pixels
+  height, width = pixels.shape[:2]
+  size = max(1, round(height * scale)), max(1, round(width * scale))
+  return resized_crop(pixels, (0, 0, height, width), size, "bilinear")
+
+
 def centre_crop(pixels: np.ndarray, view: EvaluationView) -> np.ndarray:
   """Short side to `view.resize`, then the centre of `view.size`, as torchvision's Resize and CenterCrop."""
   height, width = pixels.shape[:2]

@@ -3,7 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ from ssl_jax.data.folder import Files
 from ssl_jax.data.image import ImageError, channel_count
 from ssl_jax.data.turns import taking_turns
 from ssl_jax.errors import UserError
+
+_STRIP = 1 << 20  # values that are looked at together
+_VALUES = np.arange(256) / 255  # of the levels of an image
 
 
 class DataFacts(NamedTuple):
@@ -69,7 +72,23 @@ def look_at(dataset: Dataset, sample: int = SAMPLE) -> DataFacts:
 
 def is_grey(pixels: np.ndarray) -> bool:
   """Whether an image [H, W, C] has no colours."""
-  return bool((pixels == pixels[..., :1]).all())
+  return all(bool((rows == rows[..., :1]).all()) for rows in strips(pixels))
+
+
+def levels(pixels: np.ndarray) -> np.ndarray:
+  """How many pixels of each channel of an image uint8 [H, W, C] have each of the 256 levels: int64 [C, 256]."""
+  counts = np.zeros((pixels.shape[-1], 256), np.int64)
+  for rows in strips(pixels):
+    for channel, count in enumerate(counts):
+      count += np.bincount(rows[..., channel].ravel(), minlength=256)
+  return counts
+
+
+def strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
+  """An image [H, W, C] some rows at a time: NumPy's copies of a large one would be many times its size."""
+  rows = max(1, _STRIP // pixels[0].size)
+  for first in range(0, len(pixels), rows):
+    yield pixels[first : first + rows]
 
 
 def _look(read: Callable[[int], np.ndarray], count: int, channels: int, images: int) -> DataFacts:
@@ -78,8 +97,8 @@ def _look(read: Callable[[int], np.ndarray], count: int, channels: int, images: 
       with taking_turns():
         pixels = read(i)
         grey = channels == 3 and is_grey(pixels)
-        flat = pixels.reshape(-1, channels) / 255
-        return pixels.shape[:2], grey, flat.mean(axis=0), np.square(flat).mean(axis=0)
+        shares = levels(pixels) / (pixels.size // channels)
+        return pixels.shape[:2], grey, shares @ _VALUES, shares @ _VALUES**2
     except ImageError:
       return None
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 import zipfile
@@ -14,7 +13,7 @@ import numpy as np
 import ssl_jax
 from ssl_jax.data import Dataset
 from ssl_jax.evaluation.features import Extractor, Features
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, whole
 from ssl_jax.run.cli import say
 
 
@@ -55,10 +54,8 @@ def features(
   if cluster.is_main():
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      scratch = path.with_suffix(".tmp")
-      with scratch.open("wb") as file:
+      with whole.file(path) as scratch, scratch.open("wb") as file:
         np.savez(file, key=np.array(key), **found._asdict())
-      os.replace(scratch, path)
     except OSError as error:  # another's run, or a full disk
       say(f"not kept: {path} ({error.strerror})")
   return found

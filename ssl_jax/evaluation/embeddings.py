@@ -22,7 +22,7 @@ import numpy as np
 
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation.features import Features
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, whole
 
 FORMATS = (".npz", ".parquet")
 BATCHES_A_PART = 16
@@ -179,11 +179,11 @@ def _begun(out, work, about, count):
       _check_same(work, json.loads((work / "about.json").read_text()), about)
     else:
       _write_whole(work / "about.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
-    whole = [f"{i:06d}.npz" for i in range(_whole_parts(work, count))]
+    kept = [f"{i:06d}.npz" for i in range(_whole_parts(work, count))]
     for path in work.iterdir():
-      if path.name not in (*whole, "about.json", "lock"):
+      if path.name not in (*kept, "about.json", "lock"):
         path.unlink()
-    yield len(whole)
+    yield len(kept)
 
 
 def _check_same(path, then, now):
@@ -217,12 +217,10 @@ def _write_part(path, part):
 
 def _write_whole(path, fill):
   """Writes a file that is there whole, or not at all, whenever the job or the machine dies."""
-  scratch = path.with_name(f"{path.name}.new")
-  with scratch.open("wb") as file:
+  with whole.file(path) as scratch, scratch.open("wb") as file:
     fill(file)
     file.flush()
     os.fsync(file.fileno())
-  os.replace(scratch, path)
 
 
 def _assemble(out, work, images, about, count):
@@ -243,25 +241,24 @@ def _assemble(out, work, images, about, count):
       part = _read_part(work, i)
       yield part, [images.name(int(j)) for j in part.indices]
 
-  scratch = work / f"whole{out.suffix}"
-  if out.suffix == ".parquet":
-    _write_parquet(scratch, parts(), images, about, width)
-  else:
-    name = np.dtype(f"<U{longest}")
-    arrays = {
-      "names": ((n,), name, (np.array(names, name) for _, names in parts())),
-      "features": ((n, width), np.dtype("<f4"), (part.features for part, _ in parts())),
-      "indices": ((n,), np.dtype("<i8"), (part.indices for part, _ in parts())),
-    }
-    if images.labelled:
-      classes = np.array(images.classes, str)
-      arrays["labels"] = (n,), np.dtype("<i4"), (part.labels for part, _ in parts())
-      arrays["classes"] = classes.shape, classes.dtype, [classes]
-    text = np.array(json.dumps(about))
-    _write_npz(scratch, {**arrays, "about": ((), text.dtype, [text])})
-  with scratch.open("rb") as file:
-    os.fsync(file.fileno())
-  os.replace(scratch, out)
+  with whole.file(out) as scratch:
+    if out.suffix == ".parquet":
+      _write_parquet(scratch, parts(), images, about, width)
+    else:
+      name = np.dtype(f"<U{longest}")
+      arrays = {
+        "names": ((n,), name, (np.array(names, name) for _, names in parts())),
+        "features": ((n, width), np.dtype("<f4"), (part.features for part, _ in parts())),
+        "indices": ((n,), np.dtype("<i8"), (part.indices for part, _ in parts())),
+      }
+      if images.labelled:
+        classes = np.array(images.classes, str)
+        arrays["labels"] = (n,), np.dtype("<i4"), (part.labels for part, _ in parts())
+        arrays["classes"] = classes.shape, classes.dtype, [classes]
+      text = np.array(json.dumps(about))
+      _write_npz(scratch, {**arrays, "about": ((), text.dtype, [text])})
+    with scratch.open("rb") as file:
+      os.fsync(file.fileno())
 
 
 def _write_npz(path, arrays):

@@ -1,6 +1,6 @@
 """What training does to features that were good when it began: which evaluated state is to be handed back."""
 
-import os
+import io
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import monitors
-from ssl_jax.run import cluster
+from ssl_jax.run import cluster, whole
 from ssl_jax.training import TrainState
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def measure(
     return {}
   path = workdir / "start_features.npy"
   if step == 0:
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("wb") as file:
-      np.save(file, now)
-    os.replace(scratch, path)
+    held = io.BytesIO()  # NumPy writes a file itself past Python, and of a full disk only says how much it wrote
+    np.save(held, now)
+    with whole.file(path) as scratch:
+      scratch.write_bytes(held.getvalue())
   start = np.load(path)
   norms = np.linalg.norm(now, axis=1) * np.linalg.norm(start, axis=1)
   cosine = np.mean(np.sum(now * start, axis=1) / np.maximum(norms, 1e-12))

@@ -19,10 +19,10 @@ from ssl_jax import config as configs
 from ssl_jax.data.dataset import usable_cores
 from ssl_jax.errors import UserError
 from ssl_jax.page import drawings, look, words
-from ssl_jax.run import cluster, loggers, messages
+from ssl_jax.run import cluster, loggers, messages, whole
 from ssl_jax.run.cli import say
 from ssl_jax.run.log import read_rows
-from ssl_jax.run.workdir import read_json, read_resolved, write_whole
+from ssl_jax.run.workdir import read_json, read_resolved
 
 PAGE, LOOK = "report.html", "report.json"  # in a workdir: the page, and what it shows beside the rows
 MOST_RUNS = 4  # beside each other: more would not fit in `MOST_BYTES`
@@ -78,7 +78,7 @@ class Pages:
         self.still = look.still(self.seen, views) | facts(self.run)
         if step == 0:
           self._show("views", list(zip(*(pictures for _, pictures in views), strict=True)), step)
-      write_whole(self.workdir / LOOK, json.dumps(found | self.still))
+      whole.text(self.workdir / LOOK, json.dumps(found | self.still))
       write_page([self.workdir], self.workdir / PAGE)
       self._show("neighbours", look.beside_neighbours(found, self.seen), step)
       if step == self.run.last_step and "tensorboard" in configs.loggers(self.run.config):
@@ -135,7 +135,7 @@ def facts(run: Any) -> dict[str, Any]:
 def write_page(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
   """Writes the page of some runs, beside each other, from what their folders hold."""
   text = page([folder(x) | {"figures": figures(x)} for x in workdirs])
-  write_whole(out, text.encode("utf-8", "backslashreplace").decode())
+  whole.text(out, text.encode("utf-8", "backslashreplace").decode())
 
 
 def folder(workdir: pathlib.Path) -> dict[str, Any]:

@@ -175,16 +175,17 @@ def refusal(error: Exception, folder: pathlib.Path | None = None) -> str | None:
   full = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
   if not isinstance(error, OSError) and not named and not full:
     return None
-  path = pathlib.Path(getattr(error, "filename", None) or (named and named[1]) or folder or ".").absolute()
-  lost = (errno.ENOENT,) if folder and folder.absolute() in path.parents else ()
+  place = getattr(error, "filename", None) or (named and named[1]) or folder
+  path = pathlib.Path(place).absolute() if place else None
   if not full:
+    lost = (errno.ENOENT,) if folder and path and folder.absolute() in path.parents else ()
     why = next((text for text in map(os.strerror, (*_REFUSED, *lost)) if text in str(error)), None)
-    return why and f"{path}: {why}."
-  free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-  return (
-    f"cannot write to {path}: {full}, {free:,} bytes are free. What was saved before is whole: make room, and go on by "
-    "the same command."
-  )
+    return why and (f"{path}: {why}." if path else f"{why}.")
+  then = "What was saved before is whole: make room, and go on by the same command."
+  if path is None:  # No disk is known that could be the full one.
+    return f"cannot write: {full}. {then}"
+  free = shutil.disk_usage(next(x for x in (path, *path.parents) if x.exists())).free
+  return f"cannot write to {path}: {full}, {free:,} bytes are free. {then}"
 
 
 @contextlib.contextmanager

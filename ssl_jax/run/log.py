@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ import numpy as np
 from ssl_jax import config as configs
 from ssl_jax import monitors
 from ssl_jax.errors import UserError
-from ssl_jax.run import cluster, loggers, messages
+from ssl_jax.run import cluster, loggers, messages, whole
 from ssl_jax.run.cli import say
 from ssl_jax.training import TrainState
 
@@ -41,9 +40,7 @@ class Writer:
   ):
     self.path = workdir / "metrics.jsonl"
     kept = [row for row in read_rows(self.path) if row["step"] <= step]
-    scratch = self.path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(scratch, self.path)
+    whole.text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
     self.file = self.path.open("a")
     self.loggers = loggers.begin(names, workdir, step, kept, about)
 

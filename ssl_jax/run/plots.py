@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax.run import whole
 from ssl_jax.run.log import read_rows
 
 
@@ -44,7 +45,8 @@ def draw_curves(workdir: pathlib.Path, chance: float | None, title: str) -> None
         right.legend()
     right.set(xlabel="step", ylabel="directions that the features use")
     right.set_title("no labels, no k-NN", fontsize=8)
-  figure.savefig(workdir / "curves.png", dpi=120)
+  with whole.file(workdir / "curves.png") as scratch:
+    figure.savefig(scratch, dpi=120, format="png")
 
 
 def draw_pictures(path: pathlib.Path, pictures: Any, title: str) -> None:
@@ -91,5 +93,6 @@ def draw_grid(path: pathlib.Path, columns: list[tuple[str, Any]], title: str, si
       if picture.ndim == 2:
         axes.imshow(picture, cmap="inferno", alpha=0.7)
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=100)
+  with whole.file(path) as scratch:
+    figure.savefig(scratch, dpi=100, format=path.suffix[1:])
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,7 +1,6 @@
 """What a run's folder holds beside its checkpoints and rows, and whether a run may go on in it."""
 
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +11,7 @@ from ssl_jax import config as configs
 from ssl_jax.data import Dataset
 from ssl_jax.decide import Decision
 from ssl_jax.errors import UserError
-from ssl_jax.run import checkpoint, cluster
+from ssl_jax.run import checkpoint, cluster, whole
 from ssl_jax.run.cli import say
 
 if TYPE_CHECKING:
@@ -72,8 +71,8 @@ def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
 def write_start(run: "Run", workdir: pathlib.Path) -> None:
   """Writes what the run is made from: config.json, and resolved.json, what the data decided."""
   workdir.mkdir(parents=True, exist_ok=True)
-  write_whole(workdir / "config.json", json.dumps(configs.to_json(run.config), indent=2) + "\n")
-  write_whole(workdir / "resolved.json", json.dumps(run.resolved(), indent=2) + "\n")
+  whole.text(workdir / "config.json", json.dumps(configs.to_json(run.config), indent=2) + "\n")
+  whole.text(workdir / "resolved.json", json.dumps(run.resolved(), indent=2) + "\n")
 
 
 def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:
@@ -110,16 +109,5 @@ def noting_skipped(
         known.add(name)
         if len(known) <= _TOLD:
           say(f"skipped {name}, which cannot be read; all such are listed in {path}")
-        write_whole(path, "".join(f"{name}\n" for name in sorted(known)))
+        whole.text(path, "".join(f"{name}\n" for name in sorted(known)))
     yield batch
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a kill, or a full disk, leaves the old one or the new one."""
-  scratch = path.with_suffix(".tmp")
-  try:
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-  except OSError:
-    scratch.unlink(missing_ok=True)
-    raise

@@ -199,9 +199,7 @@ def make_program(
 
 
 def write(exported: Exported, folder: pathlib.Path) -> None:
-  """Writes the folder, which must be new or empty."""
-  if folder.exists() and any(folder.iterdir()):
-    raise UserError(f"{folder} is not empty: take another --out.")
+  """Writes the files of a folder."""
   folder.mkdir(parents=True, exist_ok=True)
   if exported.program is None:
     safetensors.numpy.save_file(exported.state, folder / "model.safetensors", metadata={"format": "pt"})
