@@ -52,9 +52,6 @@ def test_attention_takes_any_number_of_tokens_under_a_gradient_on_a_gpu(tokens, 
   texts = of_attention(jnp.bfloat16, tokens, 192)
   assert f"{FUSED}Softmax(" in texts["cuda"] and f"{FUSED}SoftmaxBackward" in texts["cuda"]
   assert FUSED not in texts["cpu"] + texts["tpu"]
-  to = -(-tokens // 8) * 8
-  mask = f"tensor<2x3x{to}x{to}xi1>"
-  assert [mask in texts[platform] for platform in PLATFORMS] == [False, False, tokens > 128]
 
 
 @pytest.mark.parametrize("dtype, width", [(jnp.float32, 192), (jnp.bfloat16, 3 * 12)], ids=["float32", "heads of 12"])
@@ -126,23 +123,14 @@ def test_a_chunk_of_the_bank_suits_the_platform():
     )
 
 
-@pytest.mark.parametrize(
-  "name, tokens, to",
-  [
-    ("fused_attention", 36, 36),
-    ("fused_attention", 37, 38),
-    ("attention_of_eights", 37, 37),
-    ("attention_of_eights", 129, 136),
-    ("attention_of_eights", 136, 136),
-  ],
-)
-def test_the_added_tokens_change_no_output_and_no_gradient(name, tokens, to, monkeypatch):
+@pytest.mark.parametrize("tokens", [36, 37])
+def test_the_added_token_changes_no_output_and_no_gradient(tokens, monkeypatch):
   plain = jax.nn.dot_product_attention
   asked = []
 
-  def by_xla(*args, implementation=None, **given):  # cuDNN's arguments, on a CPU
-    asked.append((implementation, args[0].shape[1]))
-    return plain(*args, **given)
+  def by_xla(*args, implementation, **lengths):  # cuDNN's arguments, on a CPU
+    asked.append(implementation)
+    return plain(*args, **lengths)
 
   q, k, v, c = (jax.random.normal(key, (2, tokens, 3, 8)) for key in jax.random.split(jax.random.key(0), 4))
 
@@ -153,8 +141,8 @@ def test_the_added_tokens_change_no_output_and_no_gradient(name, tokens, to, mon
 
   want = both_ways(plain, q, k, v, c)
   monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-  got = both_ways(getattr(vit, name), q, k, v, c)
-  assert asked == [("cudnn" if name == "fused_attention" else None, to)]
+  got = both_ways(vit.fused_attention, q, k, v, c)
+  assert asked == ["cudnn"]
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -291,34 +291,10 @@ class Attention(nn.Module):
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Softmax attention, [b, n, heads, d] each: in a program for CUDA by cuDNN where it serves that, else by XLA."""
-  if q.dtype != jnp.bfloat16:
-    return jax.nn.dot_product_attention(q, k, v)
-  on_platform = functools.partial(lax.platform_dependent, tpu=attention_of_eights, default=jax.nn.dot_product_attention)
   # cuDNN's fused kernel has to be requested; it supports only half precision and these head widths.
-  if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and traces_cudnn():
-    return on_platform(q, k, v, cuda=fused_attention)
-  return on_platform(q, k, v)
-
-
-def attention_of_eights(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Softmax attention by XLA; from 128 tokens on with some added up to a multiple of 8, which nothing attends to.
-
-  A TPU's registers have eight rows: its compiler expects an attention layer of 197 tokens and its gradient to take 20 %
-  fewer cycles as one of 200. With few tokens the scores stay in its fast memory, and at 50 tokens it expects 26 % more.
-
-  Args:
-    q, k, v: floating point [b, n, heads, d].
-
-  Returns:
-    [b, n, heads, d] of the same type.
-  """
-  n = q.shape[1]
-  more = -n % 8
-  if n < 128 or not more:
-    return jax.nn.dot_product_attention(q, k, v)
-  q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-  there = (jnp.arange(n + more) < n)[None, None, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=there)[:, :n]
+  fused = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and traces_cudnn()
+  on_platform = functools.partial(lax.platform_dependent, cuda=fused_attention, default=jax.nn.dot_product_attention)
+  return on_platform(q, k, v) if fused else jax.nn.dot_product_attention(q, k, v)
 
 
 @functools.cache
