@@ -44,7 +44,8 @@ def test_tensorboard_has_the_rows_the_pictures_and_the_features(unbroken):
   images = [(value.tag, step) for step, value in values if value.HasField("image")]
   assert sorted(images) == sorted((name, step) for name, steps in PICTURES.items() for step in steps)
   folder = workdir / "tensorboard" / "projector"
-  assert np.loadtxt(folder / "tensors.tsv").shape[0] == 200
+  placed = np.loadtxt(folder / "tensors.tsv")
+  assert placed.shape == (200, 64) and np.all(np.diff(placed.std(axis=0)) < 1e-3)  # the principal components
   assert (folder / "metadata.tsv").read_text().splitlines()[:2] == ["image\tclass", "image 0 of test[:200]\tAnkle boot"]
   config = (workdir / "tensorboard" / "projector_config.pbtxt").read_text()
   assert "projector/sprite.png" in config and config.count("single_image_dim: 28") == 2

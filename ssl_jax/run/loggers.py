@@ -28,6 +28,7 @@ from ssl_jax.run.cli import say
 _EXTRA = ("wandb", "mlflow")  # packages that requirements.txt leaves out
 _IDS = "loggers.json"  # in a workdir: the names that W&B and MLflow have for the run
 _PARAMS = 100  # that MLflow takes at once
+_COMPONENTS = 64  # of the features, for the projector: files of all of thousands would be of tens of megabytes
 
 
 class About(NamedTuple):
@@ -104,7 +105,7 @@ class TensorBoard:
 
 
 def write_projector(workdir: pathlib.Path, features: np.ndarray, names: list[tuple[str, str]], thumbs: np.ndarray):
-  """Writes what TensorBoard's projector shows, into WORKDIR/tensorboard.
+  """Writes what TensorBoard's projector shows, the features' first principal components, into WORKDIR/tensorboard.
 
   Args:
     workdir: the run's.
@@ -115,7 +116,8 @@ def write_projector(workdir: pathlib.Path, features: np.ndarray, names: list[tup
   folder = workdir / "tensorboard" / "projector"
   folder.mkdir(parents=True, exist_ok=True)
   rows = [[" ".join(x.encode("utf-8", "backslashreplace").decode().split()) for x in row] for row in names]
-  embedding.make_mat(features, str(folder))
+  u, s, _ = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+  np.savetxt(folder / "tensors.tsv", (u * s)[:, :_COMPONENTS], "%.4g", "\t")
   embedding.make_tsv(rows, str(folder), ["image", "class"])
   embedding.make_sprite(thumbs.transpose(0, 3, 1, 2), str(folder))
   side = thumbs.shape[1]
