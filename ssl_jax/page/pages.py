@@ -4,7 +4,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -99,9 +98,8 @@ class Pages:
   def _show(self, name, rows, step):
     path = self.workdir / "pictures" / f"{name}_{step:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    scratch = path.with_suffix(".tmp")  # A full disk leaves no part of a picture.
-    look.tiles(rows).save(scratch, "PNG")
-    os.replace(scratch, path)
+    with whole.file(path) as scratch:
+      look.tiles(rows).save(scratch, "PNG")
     self.writer.show(name, path, step)
 
   def _give_up(self, why):

@@ -23,6 +23,7 @@ from tensorboardX.proto import event_pb2
 
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
+from ssl_jax.run import whole
 from ssl_jax.run.cli import say
 
 _EXTRA = ("wandb", "mlflow")  # packages that requirements.txt leaves out
@@ -146,11 +147,10 @@ class _Guest:
     self.logger: Any = None
 
     def start():
-      ids, scratch = workdir / _IDS, workdir / f"{_IDS}.tmp"
+      ids = workdir / _IDS
       known = json.loads(ids.read_text()) if ids.is_file() else {}
       self.logger = kind(workdir, known.get(name) if step >= 0 else None, about)
-      scratch.write_text(json.dumps(known | {name: self.logger.id}) + "\n")
-      os.replace(scratch, ids)
+      whole.text(ids, json.dumps(known | {name: self.logger.id}) + "\n")
       say(f"{name}: {self.logger.where}")
       self._catch_up(workdir / "pictures", step, rows)
 
