@@ -151,7 +151,7 @@ def test_eval_linear_with_heads_beside_pixels_and_kept_features(old_run, vit, mo
   encoder = vit[0]  # whose positions are interpolated
   variables = vit[1]
   monkeypatch.setattr(
-    eval_linear.build,
+    eval_linear.restore,
     "restore_encoder",
     lambda *_: run._replace(encoder=encoder, variables=variables, untrained=lambda: variables),
   )
