@@ -198,6 +198,10 @@ def test_intervals_are_those_of_the_papers():
   # 1 - 48 / 80 is half of that difference and a half.
   found = intervals.mean_of_shares([100 * 56 / 70, 100 * 32 / 80], [70, 80])
   np.testing.assert_allclose(2 * np.array(found) - 100, (5.24, 33.39), atol=0.01)
+  for n in range(1, 200):  # rounding does not leave what a share can be
+    for share in (0.0, 100.0):
+      found = [intervals.wilson(share, n), intervals.mean_of_shares([share] * 3, [n, n + 1, 7])]
+      assert all(0 <= low <= share <= high <= 100 for low, high in found)
 
 
 def test_the_figures_of_several_draws_are_means_of_their_own():
