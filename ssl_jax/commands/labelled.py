@@ -65,7 +65,12 @@ def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: A
   guessing = {key: x for key, x in rows[0].items() if key == "guessing_top1"}
   length = "steps" if config.get("steps") else "epochs"
   settings = {"learning_rate": config.lr.base, length: config[length], "batch_size": config.batch_size}
+  source = workdirs.read_resolved(workdir).get("init_from") or {}  # none: from scratch, or begun by an older version
+  facts |= {"encoder_step": source.get("step")}
   figures = facts | {"labels": config.method.get("labels") or "all"} | settings | last | guessing
   if cluster.is_main():
-    workdirs.write_whole(path, json.dumps(figures, indent=2) + "\n")
+    try:
+      workdirs.write_whole(path, json.dumps(figures, indent=2) + "\n")
+    except OSError as error:  # another's run, say; the figures are not lost
+      say(f"not written: {path} ({error.strerror})")
   say(json.dumps(figures))
