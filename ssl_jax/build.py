@@ -313,6 +313,13 @@ def dataset(config: Any, split: str) -> Dataset:
   return data.load(config.data.name, split, data_dir=config.data.data_dir, **settings)
 
 
+def overlap(config: Any, one: str, other: str) -> bool:
+  """Whether two splits of the data that a config names share images. Raises NoSplit where one is not there."""
+  if config.data.folder:
+    return data.folder.overlap(config.data.folder, one, other)
+  return data.prepared.overlap(config.data.name, one, other, data_dir=config.data.data_dir)
+
+
 def with_labels(config: Any, train_set: Dataset) -> tuple[Any, Dataset]:
   """(the recipe with the number of the data's classes, the images whose labels it uses), for a supervised objective.
 

@@ -289,7 +289,10 @@ def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cach
   assert figures == json.loads((workdir / "knn.json").read_text())
   names = [f"k{k}_{name}" for k in (5, 20) for name in ("top1", "top5", "balanced")]
   intervals = {f"{name}_{end}" for name in (*names, "guessing_top1") for end in ("low", "high")}
-  assert set(figures) == {"step", "feature_norm", "guessing_top1", *names} | intervals
+  made_of = {"data", "data_dir", "bank_split", "bank_images", "test_split", "test_images"}
+  made_of |= {"features", "temperature", "overlap"}
+  assert set(figures) == {"step", "feature_norm", "guessing_top1", *names} | made_of | intervals
+  assert (figures["data"], figures["bank_images"], figures["overlap"]) == ("fashion_mnist_mini", 512, False)
   assert all(figures[f"{name}_low"] < figures[name] <= figures[f"{name}_high"] for name in names)
   last = rows(workdir)[-1]
   assert figures["step"] == 20

@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 from ml_collections.config_flags import config_path
 
-from ssl_jax import restore
-from ssl_jax.errors import UserError
+from ssl_jax import build, restore
+from ssl_jax.errors import NoSplit, UserError
 from ssl_jax.run import cluster, log
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
@@ -53,6 +53,17 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
     for key, value in given.items():
       config_path.set_value(key, config, value, accept_new_attributes=True)
   return config
+
+
+def check_apart(config: Any, train_split: str, test_split: str) -> None:
+  """Raises UserError where images of the data that a config names are both trained on and scored."""
+  try:
+    shared = train_split == test_split or build.overlap(config, train_split, test_split)
+  except NoSplit:  # told, or not needed, where it is loaded
+    return
+  if shared:
+    are = "both are" if train_split == test_split else f"{train_split!r} shares images with"
+    raise UserError(f"the training and the test split: {are} {test_split!r}. Score images that are not trained on.")
 
 
 def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: Any) -> None:
