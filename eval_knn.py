@@ -3,7 +3,8 @@
   python eval_knn.py --workdir=runs/quickstart
   python eval_knn.py --workdir=runs/quickstart --step=500 --k=20 --data=fashion_mnist --data_dir=D
 
-The last line is JSON; the same figures are in WORKDIR/knn.json, those of other data in WORKDIR/knn_NAME.json.
+The last line is JSON; the same figures are in WORKDIR/knn.json, and those that other flags
+ask for have names of their own, such as WORKDIR/knn_features-flat.json (docs/evaluation.md).
 """
 
 import pathlib
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from ssl_jax import parallel, restore
+from ssl_jax import build, parallel, restore
 from ssl_jax.commands import evaluate
 from ssl_jax.commands.evaluate import BATCH_SIZE, FEATURES, STEP, TEST_SPLIT, WORKDIR, features_of, load
 from ssl_jax.errors import UserError
@@ -60,7 +61,8 @@ def main() -> int:
   extractor = Extractor(restored.encoder, restored.eval_view, mesh, batch_size, read)
   about = config, f"step_{restored.step}", {"features": FEATURES.value}
   bank_features, bank_labels = features_of(extractor, restored.variables, bank, *about)
-  if bank.split != queries.split and bank.split.partition("[")[0] == queries.split.partition("[")[0]:
+  overlap = bank.split != queries.split and build.overlap(evaluate.of_flags(config), bank.split, queries.split)
+  if overlap:
     say("note: an image that is in both finds itself; only equal splits leave each out of its own neighbours")
   same = bank.split == queries.split  # each image is its own nearest neighbour then, and must not count
   if same:
@@ -73,7 +75,9 @@ def main() -> int:
     if left_out := len(x) - len(features):
       say(f"{left_out:,} of the {role} cannot be read or {'has' if left_out == 1 else 'have'} no label: left out")
 
-  figures: dict[str, float | int] = {"step": restored.step, "guessing_top1": guessing(bank_labels, labels)}
+  sets = {"bank": (bank, len(bank_labels)), "test": (queries, len(labels))}
+  figures = {"step": restored.step} | evaluate.facts(config, **sets) | {"temperature": TEMPERATURE.value}
+  figures |= {"overlap": overlap, "guessing_top1": guessing(bank_labels, labels)}
   figures["feature_norm"] = float(np.mean(np.linalg.norm(bank_features, axis=1)))
   low, high = intervals.wilson(figures["guessing_top1"], len(labels))
   figures |= {"guessing_top1_low": low, "guessing_top1_high": high}

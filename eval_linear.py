@@ -11,8 +11,8 @@ encoder gives them, the penalty chosen on a held-out tenth of the training image
 classifier refitted on all of them. --protocol=heads trains DINOv2's linear heads, one for each learning rate and each
 choice of blocks and pooling, and chooses among them in the same way. Either is done with the raw pixels, with the
 standardised pixels, and with the encoder that the run began with too.
-The last line is JSON; the same figures are in WORKDIR/linear.json (heads: linear_heads.json), those of other data in
-WORKDIR/linear_NAME.json.
+The last line is JSON; the same figures are in WORKDIR/linear.json (heads: linear_heads.json), and those
+that other flags ask for have names of their own, such as WORKDIR/linear_labels-1pct.json (docs/evaluation.md).
 
 --protocol=linear is the papers' own, with random crops and flips, the encoder at each step: train.py's loop with a
 recipe of configs/linear.py, by default that of the run's method. It goes on where it was stopped.
@@ -56,6 +56,12 @@ from ssl_jax.run import cli, cluster, whole
 from ssl_jax.run.cli import say
 
 PROTOCOLS = ("logreg", "heads", "linear")
+ONLY_FOR = {  # flags that are not for all of them
+  **dict.fromkeys(("C", "features"), ("logreg",)),
+  **dict.fromkeys(("rates", "head_steps", "head_batch"), ("heads",)),
+  **dict.fromkeys(("blocks", "draws", "per_class", "cache", "batch_size", "step"), ("logreg", "heads")),
+  "config": ("linear",),
+}
 RECIPE = pathlib.Path(__file__).parent / "configs" / "linear.py"
 
 PROTOCOL = flags.DEFINE_string("protocol", "logreg", "how the classifier is trained: logreg, heads or linear")
@@ -81,6 +87,7 @@ Score = Callable[..., scores.Scored]  # (features, labels, test_features, test_l
 
 def main() -> int:
   workdir = pathlib.Path(WORKDIR.value)
+  check_flags()
   if PROTOCOL.value == "linear":
     return by_the_papers(workdir)
   wanted, draws = labels_and_draws()
@@ -90,10 +97,7 @@ def main() -> int:
   read, score = of_encoder(restored.encoder, of_pixels)
   train_set = load(config, TRAIN_SPLIT.value or config.data.split, why)
   test_set = load(config, TEST_SPLIT.value or config.data.test_split, why).numbered_as(train_set)
-  if train_set.split == test_set.split:
-    raise UserError(
-      f"--train_split and --test_split are both {test_set.split!r}: score images that are not trained on."
-    )
+  labelled.check_apart(evaluate.of_flags(config), train_set.split, test_set.split)
   say(f"step {restored.step} of {workdir}")
   for role, x in (("training", train_set), ("test", test_set)):
     say(f"{role}: {x.name} {x.split}, {len(x):,} images")
@@ -120,6 +124,8 @@ def main() -> int:
   check_classes(labels, test_labels, wanted, chooses)
 
   figures: dict[str, Any] = {"step": restored.step, "protocol": PROTOCOL.value, "labels": LABELS.value, "draws": draws}
+  figures |= evaluate.facts(config, train=(train_set, len(labels)), test=(test_set, len(test_labels)))
+  figures |= {"blocks": BLOCKS.value and ",".join(BLOCKS.value), "seed": SEED.value}
   figures["guessing_top1"] = guessing(labels, test_labels)
   low, high = intervals.wilson(figures["guessing_top1"], len(test_labels))
   figures |= {"guessing_top1_low": low, "guessing_top1_high": high}
@@ -146,9 +152,7 @@ def main() -> int:
 
 def by_the_papers(workdir: pathlib.Path) -> int:
   """Trains and scores a linear classifier by a paper's protocol, in a folder of its own in the workdir."""
-  if STEP.value is not None:
-    raise UserError("--protocol=linear takes the newest checkpoint: leave --step out.")
-  given = {"data.folder": FOLDER.value, "data.name": DATA.value, "data.data_dir": DATA_DIR.value}
+  given: dict[str, Any] = {"data.folder": FOLDER.value, "data.name": DATA.value, "data.data_dir": DATA_DIR.value}
   given |= {"data.split": TRAIN_SPLIT.value, "data.test_split": TEST_SPLIT.value}
   given |= {"method.labels": None if LABELS.value == "all" else LABELS.value}
   given = {key: value for key, value in given.items() if value is not None}
@@ -159,10 +163,15 @@ def by_the_papers(workdir: pathlib.Path) -> int:
     file, _, version = flags.FLAGS["config"].config_filename.partition(":")
     config, version = CONFIG.value, version or pathlib.Path(file).stem
     given |= config_flags.get_override_values(flags.FLAGS["config"])
+  if is_given("seed"):
+    if given.get("seed", SEED.value) != SEED.value:
+      raise UserError(f"--seed={SEED.value} and --config.seed={given['seed']} are two seeds: give one of them.")
+    given |= {"seed": SEED.value}
   config = labelled.fitted(config, workdir, given)
   config.init_from = str(workdir)
-  other = FOLDER.value or DATA.value
-  name = f"linear_{version}{f'_{pathlib.Path(other).name}' if other else ''}"
+  if config.data.split and config.data.test_split:
+    labelled.check_apart(config, config.data.split, config.data.test_split)
+  name = f"linear_{version}{evaluate.differing()}"
   status = train.main(config, workdir / name)
   if status == 0:
     labelled.hand_over(config, workdir / name, workdir / f"{name}.json", protocol="linear", recipe=version)
@@ -188,13 +197,22 @@ def labels_and_draws() -> tuple[probe.Labels, int]:
   return wanted, draws
 
 
-def settings() -> tuple[Score, bool]:
-  """(how features that are read as they are get their classifier, whether something is chosen for it) by the flags."""
+def is_given(name: str) -> bool:
+  """Whether a flag was given a value."""
+  return not flags.FLAGS[name].using_default_value
+
+
+def check_flags() -> None:
+  """Raises UserError for a protocol that there is not, and for flags of other protocols, which would go unheeded."""
   if PROTOCOL.value not in PROTOCOLS:
     raise UserError(f"there is no --protocol={PROTOCOL.value}; there is {', '.join(PROTOCOLS)}.")
-  for flag, of in ((C, "logreg"), (FEATURES, "logreg"), (RATES, "heads")):
-    if flag.value is not None and PROTOCOL.value != of:
-      raise UserError(f"--{flag.name} is for --protocol={of}, and this is {PROTOCOL.value}.")
+  for name, of in ONLY_FOR.items():
+    if PROTOCOL.value not in of and is_given(name):
+      raise UserError(f"--{name} is for --protocol={' and '.join(of)}, and this is {PROTOCOL.value}.")
+
+
+def settings() -> tuple[Score, bool]:
+  """(how features that are read as they are get their classifier, whether something is chosen for it) by the flags."""
   if PROTOCOL.value == "logreg":
     penalties = positive_numbers(C, probe.PENALTIES)
     return functools.partial(probe.score, penalties=penalties), len(penalties) > 1

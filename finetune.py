@@ -45,6 +45,8 @@ def main() -> int:
     with config.unlocked():
       config.method.labels = LABELS.value
   config.init_from = None if source == "scratch" else source
+  if config.data.split and config.data.test_split:
+    labelled.check_apart(config, config.data.split, config.data.test_split)
   status = train.main(config, workdir)
   if status == 0:
     labelled.hand_over(config, workdir, workdir / "finetune.json", **{"from": source})

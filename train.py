@@ -47,6 +47,7 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
   cluster.together(lambda: workdirs.check_resumable(run, workdir))
   restored = checkpoint.restore_newest(workdir / "checkpoints", run.state._asdict(), say)
   start = restored[0] if restored else 0
+  source = workdirs.source(run, workdir, begins=not restored)
   if start >= run.last_step:
     say(f"complete: {workdir} holds the checkpoint of step {start}, of {run.last_step}; nothing to do")
     return 0
@@ -58,7 +59,7 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
   else:  # Before anything is written: the weights of `init_from` may be the wrong ones.
     train, told = cluster.together(lambda: build.first_state(run))
   if cluster.is_main():
-    workdirs.write_start(run, workdir)
+    workdirs.write_start(run, workdir, source)
   for line in (f"resuming at step {start}" if restored else f"starting in {workdir}", *told):
     say(line)
   step, number = fit(run, train, start, workdir, stopping)

@@ -5,6 +5,7 @@ Only this file and `config.py` see a whole config. The other modules are handed 
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from ssl_jax.decide import Decision
 from ssl_jax.errors import NoSplit, UserError
 from ssl_jax.evaluation import features, probe
 from ssl_jax.methods.base import AXIS, Context, Method
+from ssl_jax.run import cluster
 from ssl_jax.run.workdir import Saved
 from ssl_jax.training import TrainState
 from ssl_jax.weights import initial
@@ -111,6 +113,20 @@ class Run(Program):
     """The data sets in a line each, which all processes of a run must have alike."""
     sets = {"data.split": self.train_set, "data.test_split": self.test_set}
     return {name: "none" if x is None else x.summary() for name, x in sets.items()}
+
+  def source(self) -> dict[str, Any] | None:
+    """Which weights `init_from` gives a run of labels now, as of `initial.source`, alike on all processes.
+
+    None: there are none, or a process does not see them. All processes come here.
+    """
+    if not self.method.takes_labels or not self.config.get("init_from"):
+      return None
+    path = _init_from(self)
+    if not all(cluster.exchange("there" if path.exists() else "")):
+      return None
+    found = cluster.together(lambda: initial.source(path, self.encoder))
+    cluster.check_alike({"init_from": json.dumps(found)})
+    return found
 
   def resolved(self) -> dict[str, Any]:
     """What the data decided and the config alone does not tell, as JSON holds it."""
@@ -255,9 +271,12 @@ def first_state(run: Run) -> tuple[TrainState, list[str]]:
   """(the state before the first step, what was put into it in lines for people): see `init_from` of the config."""
   if not run.config.get("init_from"):
     return run.init(), []
-  path = pathlib.Path(os.path.expanduser(run.config.init_from))
   settings = run.config.method, run.config.data.channels, bool(run.config.get("init_optimizer"))
-  return initial.start_from(path, run.init(), run.encoder, *settings)
+  return initial.start_from(_init_from(run), run.init(), run.encoder, *settings)
+
+
+def _init_from(run):
+  return pathlib.Path(os.path.expanduser(run.config.init_from))
 
 
 def program(config: Any, mesh: Mesh, steps: int, steps_per_epoch: int) -> Program:
@@ -294,6 +313,13 @@ def dataset(config: Any, split: str) -> Dataset:
   if config.data.folder:
     return data.load_folder(config.data.folder, split, **settings)
   return data.load(config.data.name, split, data_dir=config.data.data_dir, **settings)
+
+
+def overlap(config: Any, one: str, other: str) -> bool:
+  """Whether two splits of the data that a config names share images. Raises NoSplit where one is not there."""
+  if config.data.folder:
+    return data.folder.overlap(config.data.folder, one, other)
+  return data.prepared.overlap(config.data.name, one, other, data_dir=config.data.data_dir)
 
 
 def with_labels(config: Any, train_set: Dataset) -> tuple[Any, Dataset]:

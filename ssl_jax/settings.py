@@ -53,6 +53,24 @@ def positive(*, required: bool = False) -> Setting:
   return number(0, ends="(]", required=required)
 
 
+def size(least: int = 1, *, required: bool = False) -> Setting:
+  """Of a layer, a queue or a set of prototypes: more than 2^24 is a slip of the keyboard."""
+  return _at_most(2**24, whole(least, required=required))
+
+
+def temperature(*, required: bool = False) -> Setting:
+  return _at_most(100, positive(required=required))
+
+
+def weight(*, required: bool = False) -> Setting:
+  """Of a term of a loss."""
+  return _at_most(10**6, number(required=required))
+
+
+def _at_most(most, setting):
+  return Setting(lambda x: setting.holds(x) and x <= most, f"{setting.text} and at most {most:,}", setting.required)
+
+
 def flag(*, required: bool = False) -> Setting:
   return Setting(lambda x: isinstance(x, bool), "true or false", required)
 

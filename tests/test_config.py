@@ -229,7 +229,17 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
     ("quickstart", "seed", 2**31, "seed must be a whole number from 0 to 2,147,483,647, got 2147483648"),
     ("quickstart", "lr.base", -1.0, "lr.base must be a positive number, got -1.0"),
     ("quickstart", "lr.scaling", "log", "lr.scaling must be one of linear, sqrt, none, got 'log'"),
-    ("quickstart", "method.temperature", 0.0, "method.temperature must be a positive number, got 0.0"),
+    ("quickstart", "method.temperature", 0.0, "method.temperature must be a positive number and at most 100, got 0.0"),
+    *(
+      (name, f"method.{key}", 1_000_000_000, f"{most}, got 1000000000")
+      for name, key, most in (
+        ("quickstart", "temperature", "at most 100"),
+        ("quickstart", "projector.features", "at most 16,777,216"),
+        ("dinov2_quickstart", "head.prototypes", "at least 2 and at most 16,777,216"),
+        ("dinov2_quickstart", "koleo_weight", "at most 1,000,000"),
+        ("vicreg_imagenet", "invariance", "at most 1,000,000"),
+      )
+    ),
     ("quickstart", "knn.k", 0, "knn.k must be a whole number, at least 1, got 0"),
     ("quickstart", "eval_view.size", -1, "eval_view.size must be a whole number, at least 1, or none, got -1"),
     ("quickstart", "eval_view.std", (0.0,), "eval_view.std must be a tuple: a positive number, got (0.0,)"),

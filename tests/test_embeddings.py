@@ -157,6 +157,15 @@ def test_work_on_anything_else_is_refused_and_a_damaged_part_made_again(tmp_path
   with pytest.raises(UserError, match=r"x\.npz was made from something else"):
     write(out, {**ABOUT, "view": 3})
   assert not write(out, {**ABOUT, "data": "moved"})
+  changed = {**ABOUT, "images": "f" * 64}
+  for size, first, text in (
+    (3, 0, r"129 there, now 3: 126 no longer there, such as ä/4\.png; others may be written since"),
+    (N, 1, r"129 there, now 150: 1 no longer there, such as ä/0\.png; 22 not in it, .*, such as b/3\.png; others may"),
+  ):
+    others = images(size)._replace(name=lambda i, first=first: images().name(i + first))
+    with pytest.raises(UserError, match=text) as told:
+      embeddings.write(out, others, changed, BATCH, compute)
+    assert "ffff" not in str(told.value)
 
 
 def test_features_that_are_not_finite_are_not_written(tmp_path):
@@ -349,7 +358,7 @@ def test_the_page_runs_as_it_stands_and_finds_the_copies(unbroken, tmp_path, mon
 
   photograph(root / "a" / "0.jpg", 99)
   out, status = command("embed --workdir=runs/quickstart --folder=photographs --out=photographs.npz")
-  assert "photographs.npz was made from something else (images: " in status
+  assert "photographs.npz was made from something else (the images: " in status
   shutil.move(root, tmp_path / "moved")
   out, status = command("neighbours photographs.npz --of=0.jpg --out=moved_from")
   assert status == 0 and "no picture: the images cannot be read" in out

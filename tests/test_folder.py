@@ -1,5 +1,6 @@
 """Folders of images: which are found, and whole runs on them."""
 
+import json
 import os
 import pathlib
 
@@ -211,7 +212,8 @@ def test_a_run_on_a_folder_resumes_exactly_on_any_number_of_threads_and_its_enco
     assert eval_knn.main() == 0
   assert "the same images: each is left out of its own neighbours" in capsys.readouterr().out
   assert (tmp_path / "whole" / "knn.json").read_text() == before  # of the run's own data
-  assert (tmp_path / "whole" / "knn_photographs.json").exists()
+  (others,) = (tmp_path / "whole").glob("knn_folder-photographs-*_bank_split-val_test_split-val.json")
+  assert json.loads(others.read_text())["data"] == str(photographs)
   for wrong in (dict(folder="x", data="y"), dict(data_dir="x")):
     with flagsaver.flagsaver(workdir=str(tmp_path / "whole"), **wrong), pytest.raises(UserError, match="give"):
       eval_knn.main()

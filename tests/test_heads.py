@@ -165,7 +165,7 @@ def test_eval_linear_with_heads_beside_pixels_and_kept_features(old_run, vit, mo
       out = capsys.readouterr().out
       assert out.count("features of fashion_mnist_mini") == 4 * again
       figures = json.loads(out.splitlines()[-1])
-      assert figures == json.loads((tmp_path / "linear_heads.json").read_text())
+      assert figures == json.loads((tmp_path / "linear_heads_blocks-1-3.json").read_text())
       assert not again or figures == before
       before = figures
   assert figures["input"] in heads.inputs((1, 3), 8) and figures["learning_rate"] in (0.1, 0.1 * 10)

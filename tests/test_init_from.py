@@ -1,5 +1,6 @@
 """A run starts from weights: every encoder of the method gets them, and a run of the same method gives all it has."""
 
+import json
 import pathlib
 import runpy
 import shutil
@@ -16,8 +17,11 @@ from test_train import small_config
 import train
 from ssl_jax import build, optim, restore, training
 from ssl_jax import config as configs
+from ssl_jax.commands import labelled
 from ssl_jax.errors import UserError
 from ssl_jax.models import vit
+from ssl_jax.run import checkpoint
+from ssl_jax.run import workdir as workdirs
 from ssl_jax.weights import initial, layouts
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,8 +187,64 @@ def test_weights_that_cannot_be_taken_leave_nothing_in_the_workdir(tmp_path, mon
 
   monkeypatch.setattr(build, "first_state", refuse)
   monkeypatch.setattr(train.messages, "describe", lambda run: [])
-  monkeypatch.setattr(train.workdirs, "write_start", lambda run, workdir: (workdir / "config.json").touch())
-  run = types.SimpleNamespace(config=None, last_step=4, state=training.TrainState(0, {}, {}, ()))
+  monkeypatch.setattr(train.workdirs, "write_start", lambda run, workdir, source: (workdir / "config.json").touch())
+  run = types.SimpleNamespace(config=None, last_step=4, state=training.TrainState(0, {}, {}, ()), source=lambda: None)
   with pytest.raises(UserError, match="x is damaged"):
     train.go_on(run, tmp_path, lambda: 0)
   assert not list(tmp_path.iterdir()) and "starting" not in capsys.readouterr().out
+
+
+def test_what_a_run_of_labels_began_with_is_known_when_the_run_or_file_has_other_weights(tmp_path, monkeypatch):
+  encoder = vit.ViT(patch_size=4, dim=12, depth=1, heads=3, image_size=8)
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
+  variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+  path = tmp_path / "x.safetensors"
+  safetensors.numpy.save_file(layouts.whole_state(encoder, variables), path)
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  monkeypatch.setattr(restore, "restore_encoder", lambda path: types.SimpleNamespace(step=5, variables=variables))
+  of_file, of_run = initial.source(path, encoder), initial.source(tmp_path / "run", encoder)
+  assert of_file == initial.source(path, encoder) and of_file["step"] is None and of_run["step"] == 5
+  bias = variables["params"]["norm"]["bias"]
+  bias[3] = np.nextafter(bias[3], 9)
+  safetensors.numpy.save_file(layouts.whole_state(encoder, variables), path)
+  assert initial.source(path, encoder)["weights"] not in (of_file["weights"], of_run["weights"])
+
+  workdir = tmp_path / "labelled"
+  workdir.mkdir()
+  config = small_config(init_from=str(path))
+  method = types.SimpleNamespace(takes_labels=True)
+  run = types.SimpleNamespace(config=config, method=method, encoder=encoder, state=training.TrainState(0, 0, 0, 0))
+  run.source, run.resolved, run.last_step = lambda: build.Run.source(run), lambda: {"images": 4}, 8
+  monkeypatch.setattr(workdirs, "check_resumable", lambda *_: None)
+  monkeypatch.setattr(checkpoint, "restore_newest", lambda *_: (8, {}))
+  goes_on = lambda: train.go_on(run, workdir, lambda: 0)  # noqa: E731
+  assert goes_on() == 0  # an older version wrote nothing
+  workdirs.write_start(run, workdir, workdirs.source(run, workdir, begins=True))
+  assert goes_on() == 0
+  for then, text in (
+    (of_file, rf"{of_file['weights'][:8]} then, \w{{8}} now\): delete {workdir} .* or take another --workdir"),
+    (of_run, r"step 5 then, \w{8} now"),
+  ):
+    workdirs.write_start(run, workdir, then)
+    with pytest.raises(UserError, match=text):
+      goes_on()
+  config.init_from = str(tmp_path / "run")
+  workdirs.write_start(run, workdir, of_run | {"weights": "x"})
+  with pytest.raises(UserError, match="step 5 then, other ones of step 5 now"):
+    goes_on()
+  shutil.rmtree(tmp_path / "run" / "checkpoints")  # which cannot be compared, or is gone: not needed any more
+  assert goes_on() == 0
+  config.init_from = str(tmp_path / "none")
+  assert goes_on() == 0
+  method.takes_labels = False
+  assert run.source() is None
+
+
+def test_figures_tell_the_step_of_the_encoder_and_are_not_lost_where_one_may_only_read(tmp_path, capsys):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 2, "test_top1": 11.5}\n')
+  (tmp_path / "resolved.json").write_text('{"init_from": {"step": 7, "weights": "x"}}')
+  (tmp_path / "figures.json").mkdir()
+  labelled.hand_over(recipe("linear"), tmp_path, tmp_path / "figures.json")
+  *_, told, figures = capsys.readouterr().out.splitlines()
+  assert json.loads(figures)["encoder_step"] == 7 and told.endswith("figures.json (Is a directory)")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import tarfile
 
 import jax
@@ -11,8 +12,10 @@ from absl import flags
 from absl.testing import flagsaver
 from test_all_methods import in_memory
 
+import eval_knn
 import eval_linear
-from ssl_jax import build, logistic_regression, parallel, restore_encoder
+from ssl_jax import build, logistic_regression, parallel, restore, restore_encoder
+from ssl_jax.commands import evaluate
 from ssl_jax.errors import UserError
 from ssl_jax.evaluation import accuracy, features, intervals, linear, probe, scores
 from ssl_jax.run import log
@@ -198,6 +201,10 @@ def test_intervals_are_those_of_the_papers():
   # 1 - 48 / 80 is half of that difference and a half.
   found = intervals.mean_of_shares([100 * 56 / 70, 100 * 32 / 80], [70, 80])
   np.testing.assert_allclose(2 * np.array(found) - 100, (5.24, 33.39), atol=0.01)
+  for n in range(1, 200):  # rounding does not leave what a share can be
+    for share in (0.0, 100.0):
+      found = [intervals.wilson(share, n), intervals.mean_of_shares([share] * 3, [n, n + 1, 7])]
+      assert all(0 <= low <= share <= high <= 100 for low, high in found)
 
 
 def test_the_figures_of_several_draws_are_means_of_their_own():
@@ -300,7 +307,11 @@ def test_eval_linear_tells_what_the_encoder_its_untrained_self_and_pixels_are_wo
     assert eval_linear.main() == 0
   out = capsys.readouterr().out.splitlines()
   figures = json.loads(out[-1])
-  assert figures == json.loads((workdir / "linear.json").read_text())
+  assert figures == json.loads((workdir / "linear_labels-5-per-class.json").read_text())
+  assert not (workdir / "linear.json").exists()  # which is of all labels
+  made_of = dict(data="fashion_mnist_mini", data_dir=None, train_split="train[:256]", train_images=256, seed=0)
+  made_of |= dict(test_split="test[:100]", test_images=100, features=run.config.encoder.features, blocks=None)
+  assert made_of.items() <= figures.items()
   for name in ("", "untrained_", "pixels_", "pixels_standardised_"):
     for key in ("top1", "top5", "balanced"):
       assert figures[f"{name}{key}_low"] < figures[f"{name}{key}"] < figures[f"{name}{key}_high"]
@@ -315,7 +326,7 @@ def test_eval_linear_tells_what_the_encoder_its_untrained_self_and_pixels_are_wo
   assert figures["pixels_feature_norm"] == pytest.approx(norm, rel=1e-5) and spread < norm
   varies = np.sqrt(np.sum(pixels.std(axis=0) > 0))
   assert 0.9 * varies < figures["pixels_standardised_feature_norm"] < varies  # each is 1 in the mean square
-  head, *classes = [line.split(",") for line in (workdir / "linear.csv").read_text().splitlines()]
+  head, *classes = [line.split(",") for line in (workdir / "linear_labels-5-per-class.csv").read_text().splitlines()]
   assert head[:3] == ["class", "images", "top1"] and head[5:] == [f"answered {c}" for c in range(10)]
   counts = np.array([row[5:] for row in classes], int)
   assert figures["top1"] == pytest.approx(100 * np.trace(counts) / counts.sum()) and counts.sum() == 2 * 100
@@ -344,13 +355,22 @@ def test_eval_linear_tells_what_the_encoder_its_untrained_self_and_pixels_are_wo
     (dict(draws=0, labels="10%"), "--draws must be at least 1"),
     (dict(C=["1", "0"]), "--C must be positive numbers with commas between, got '1,0'"),
     (dict(C=["one"]), "--C must be positive numbers"),
-    (dict(test_split="train[:256]"), r"both 'train\[:256\]'"),
+    (dict(test_split="train[:256]"), r"both are 'train\[:256\]'"),
+    (dict(test_split="train[255:300]"), r"'train\[:256\]' shares images with 'train\[255:300\]'"),
+    *(
+      ({"protocol": "linear", name: value}, f"--{name} is for --protocol=.*, and this is linear")
+      for name, value in {
+        **dict(C=["3"], features="cls", blocks=["77"], rates=["5"], head_steps=9, head_batch=8, draws=3),
+        **dict(per_class=True, cache=True, batch_size=8, step=5),
+      }.items()
+    ),
     (dict(train_split="train[:9]"), "the training split has no image of class"),
     (dict(labels="1%"), r"1% of 256 images is fewer than the 10 classes"),
   ],
 )
 def test_wrong_use_is_told_before_work_begins(old_run, monkeypatch, given, text):
   monkeypatch.setattr(eval_linear, "Extractor", None)  # work
+  monkeypatch.setattr(restore, "restore_encoder", lambda *_: old_run[1])
   with flagsaver.flagsaver(workdir=str(old_run[0]), **given), pytest.raises(UserError, match=text):
     eval_linear.main()
 
@@ -365,4 +385,74 @@ def test_a_set_without_labels_is_told_with_what_needs_them(old_run, tmp_path):
     flagsaver.flagsaver(**given),
     pytest.raises(UserError, match="no labels, and a classifier is trained and scored"),
   ):
+    eval_linear.main()
+
+
+def test_only_figures_of_the_runs_own_data_and_features_have_the_plain_name(tmp_path):
+  assert evaluate.place(tmp_path, "knn", "json") == tmp_path / "knn.json"
+  names = []
+  for given, text in (
+    (dict(features="flat"), "_features-flat"),
+    (dict(features="cls+mean", blocks=["1", "4"]), r"_features-cls\+mean_blocks-1-4"),
+    (dict(labels="1%"), "_labels-1pct"),
+    (dict(step=500, seed=3), "_step-500_seed-3"),
+    (dict(data="fashion_mnist", data_dir="D"), r"_data-fashion_mnist_data_dir-D-\w{8}"),
+    (dict(data_dir=str(tmp_path / "D")), r"_data_dir-D-\w{8}"),
+    (dict(folder="one/photographs"), r"_folder-photographs-\w{8}"),
+    (dict(folder="two/photographs"), r"_folder-photographs-\w{8}"),
+    (dict(test_split="train[:50%]"), r"_test_split-train_50pct-\w{8}"),
+    (dict(test_split="train[50%:]"), r"_test_split-train_50pct-\w{8}"),
+    (dict(bank_split="train_50"), "_bank_split-train_50"),
+    (dict(train_split="x" * 300), r"_train_split-x{40}-\w{8}"),
+  ):
+    with flagsaver.flagsaver(**given):
+      names.append(evaluate.place(tmp_path, "knn", "json").name)
+    assert re.fullmatch(rf"knn{text}\.json", names[-1]), names[-1]
+  assert len(set(names)) == len(names)
+
+
+def test_splits_share_images_where_their_slices_meet_or_one_folder_holds_the_other(old_run, tmp_path):
+  config = old_run[1].config.copy_and_resolve_references()
+  for one, other, want in (
+    ("train[:50%]", "train[1499:1501]", True),
+    ("train[:50%]", "train[50%:]", False),
+    ("train[:100]+train[200:300]", "train[250:]", True),
+    ("train", "test", False),
+    ("train", "train", True),
+  ):
+    assert build.overlap(config, one, other) == build.overlap(config, other, one) == want, (one, other)
+  config.data.folder = str(tmp_path)
+  for name in ("train/a", "val/a", "more/val"):
+    (tmp_path / name).mkdir(parents=True)
+  pairs = ("train", "val"), ("val", "validation"), (".", "val"), ("more", "more/val"), ("val", "test")
+  assert [build.overlap(config, *pair) for pair in pairs] == [False, True, True, True, False]
+
+
+def test_k_nn_on_images_that_the_bank_has_too_says_so_in_its_record(old_run, monkeypatch, capsys):
+  workdir, run = old_run
+  monkeypatch.setattr(restore, "restore_encoder", lambda *_: run)
+  made_up = lambda _, __, dataset, *___: (np.eye(len(dataset), 9, dtype=np.float32) + 1, dataset.labels)  # noqa: E731
+  monkeypatch.setattr(eval_knn, "features_of", made_up)
+  monkeypatch.setattr(eval_knn, "knn_scores", lambda bank, numbers, queries, labels, **_: np.eye(10)[labels])
+  for split, overlap in (("train[200:300]", True), ("train[256:300]", False)):
+    with flagsaver.flagsaver(workdir=str(workdir), test_split=split, k=["3"], temperature=0.2):
+      assert eval_knn.main() == 0
+      figures = json.loads(evaluate.place(workdir, "knn", "json").read_text())
+    assert ("an image that is in both finds itself" in capsys.readouterr().out) == figures["overlap"] == overlap
+    assert (figures["test_split"], figures["temperature"], figures["bank_images"]) == (split, 0.2, 256)
+  assert not (workdir / "knn.json").exists()
+
+
+def test_another_seed_of_the_linear_protocol_draws_other_labels_into_another_folder(old_run, monkeypatch):
+  seen = []
+  monkeypatch.setattr(eval_linear.train, "main", lambda config, workdir: seen.append((config, workdir)) or 1)
+  monkeypatch.setattr(eval_linear, "version_for", lambda config: "simclr")
+  given = dict(workdir=str(old_run[0]), protocol="linear", labels="10%")
+  for seed, name in (({}, "linear_simclr_labels-10pct"), ({"seed": 7}, "linear_simclr_labels-10pct_seed-7")):
+    with flagsaver.flagsaver(**given, **seed):
+      assert eval_linear.main() == 1
+    config, workdir = seen[-1]
+    assert (config.seed, config.method.labels, workdir) == (seed.get("seed", 0), "10%", old_run[0] / name)
+  wrong = flagsaver.flagsaver(**given | {"test_split": "train[:9]"})
+  with wrong, pytest.raises(UserError, match=r"'train\[:256\]' shares images with 'train\[:9\]'"):
     eval_linear.main()

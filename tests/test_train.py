@@ -289,7 +289,10 @@ def test_eval_knn_agrees_with_the_run_and_ends_in_a_line_to_parse(unbroken, cach
   assert figures == json.loads((workdir / "knn.json").read_text())
   names = [f"k{k}_{name}" for k in (5, 20) for name in ("top1", "top5", "balanced")]
   intervals = {f"{name}_{end}" for name in (*names, "guessing_top1") for end in ("low", "high")}
-  assert set(figures) == {"step", "feature_norm", "guessing_top1", *names} | intervals
+  made_of = {"data", "data_dir", "bank_split", "bank_images", "test_split", "test_images"}
+  made_of |= {"features", "temperature", "overlap"}
+  assert set(figures) == {"step", "feature_norm", "guessing_top1", *names} | made_of | intervals
+  assert (figures["data"], figures["bank_images"], figures["overlap"]) == ("fashion_mnist_mini", 512, False)
   assert all(figures[f"{name}_low"] < figures[name] <= figures[f"{name}_high"] for name in names)
   last = rows(workdir)[-1]
   assert figures["step"] == 20
@@ -332,7 +335,7 @@ def slow(*case):
     ("train.py", ["--config.batch_size=600"], "batch_size=600 is more than the 512 images"),
     slow("train.py", ["--config.lr.warmup_epochs=99"], "the warm-up is 792 steps long and the run 20"),
     slow("train.py", ["--config.data.name=fashion_mnist_min"], "Did you mean 'fashion_mnist_mini'?"),
-    slow("train.py", ["--config.method.temperature=-1.0"], "method.temperature must be a positive number, got -1.0"),
+    slow("train.py", ["--config.method.temperature=-1.0"], "method.temperature must be a positive number"),
     slow("train.py", ["--config.encoder.stem=large"], "encoder.stem must be one of"),
     slow("train.py", ["--config.batch_size=1", "--config.lr.warmup_epochs=0"], "at least two images"),
     ("eval_knn.py", ["--step=3"], "has no checkpoint of step 3; it has"),

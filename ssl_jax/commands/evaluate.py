@@ -1,8 +1,10 @@
 """What eval_knn.py, eval_linear.py and judge share: their flags, and the splits that these or the run name."""
 
 import json
+import os
 import pathlib
 import re
+import zlib
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,11 @@ FEATURES = flags.DEFINE_string(
 CACHE = flags.DEFINE_bool("cache", False, "keep the features in WORKDIR/features, and use them while nothing changes")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "images encoded at once, on all devices", lower_bound=1)
 
+_TOLD = (  # flags of any command here that say what figures are of
+  *("step", "data", "data_dir", "folder", "train_split", "bank_split", "test_split", "split"),
+  *("features", "blocks", "labels", "seed"),
+)
+
 
 def load(config: Any, split: str | None, why: str) -> Dataset:
   """A labelled split of the data set that the flags or the run name; `why` says what needs its labels."""
@@ -43,17 +50,9 @@ def load(config: Any, split: str | None, why: str) -> Dataset:
 
 def find(config: Any, split: str) -> Dataset:
   """A split of the data set that the flags or the run name, labelled or not."""
-  if FOLDER.value and (DATA.value or DATA_DIR.value):
-    raise UserError("--folder and --data name two data sets: give one of them.")
-  named = config.copy_and_resolve_references()
+  named = of_flags(config)
   if FOLDER.value:
-    named.data.folder, split = FOLDER.value, split.partition("[")[0]  # the run's splits may be slices
-  elif DATA.value:
-    named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
-  elif DATA_DIR.value:
-    if named.data.folder:
-      raise UserError("--data_dir is for a prepared data set, and the run's images are in a folder: give --data too.")
-    named.data.data_dir = DATA_DIR.value
+    split = split.partition("[")[0]  # the run's splits may be slices
   dataset = build.dataset(named, split)
   if named.data.channels == 1 and named.data != config.data:
     if named.data.folder:
@@ -63,6 +62,32 @@ def find(config: Any, split: str) -> Dataset:
     for line in advise.on_colours(1, facts.coloured, len(facts.sizes)):
       say(f"{dataset.name} {split}: {line}")
   return dataset
+
+
+def of_flags(config: Any) -> Any:
+  """A run's config with the data set that the flags name."""
+  if FOLDER.value and (DATA.value or DATA_DIR.value):
+    raise UserError("--folder and --data name two data sets: give one of them.")
+  named = config.copy_and_resolve_references()
+  if FOLDER.value:
+    named.data.folder = FOLDER.value
+  elif DATA.value:
+    named.data.update(folder=None, name=DATA.value, data_dir=DATA_DIR.value)
+  elif DATA_DIR.value:
+    if named.data.folder:
+      raise UserError("--data_dir is for a prepared data set, and the run's images are in a folder: give --data too.")
+    named.data.data_dir = DATA_DIR.value
+  return named
+
+
+def facts(config: Any, **sets: tuple[Dataset, int]) -> dict[str, Any]:
+  """What figures are of, for their record: the data set, by `role=(dataset, images used)` its splits, the features."""
+  named = of_flags(config).data
+  path = lambda x: x and os.path.abspath(os.path.expanduser(x))  # noqa: E731
+  found = {"data": path(named.folder) or named.name, "data_dir": None if named.folder else path(named.data_dir)}
+  for role, (dataset, images) in sets.items():
+    found |= {f"{role}_split": dataset.split, f"{role}_images": images}
+  return found | {"features": FEATURES.value or config.encoder.get("features")}
 
 
 def features_of(
@@ -81,9 +106,27 @@ def features_of(
 
 
 def place(workdir: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
-  """WORKDIR/name.suffix; figures of other data than the run's have the data's name behind: knn_photographs.json."""
-  other = FOLDER.value or DATA.value
-  return workdir / f"{name}{'_' + re.sub(r'[^A-Za-z0-9]+', '_', pathlib.Path(other).name) if other else ''}.{suffix}"
+  """WORKDIR/name.suffix where the flags leave all as the run has it; else with what is `differing` behind the name."""
+  return workdir / f"{name}{differing()}.{suffix}"
+
+
+def differing() -> str:
+  """The flags that say what is evaluated and are not at their defaults, for the name of a file: "_features-flat".
+
+  A checksum is behind what a file's name cannot have, and behind a path, of which the last part alone is told: other
+  values have other names.
+  """
+  found = ""
+  for name in _TOLD:
+    if name not in flags.FLAGS or (value := flags.FLAGS[name].value) == flags.FLAGS[name].default:
+      continue
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    if name in ("folder", "data_dir"):
+      text = os.path.abspath(os.path.expanduser(text))
+    whole, text = text.replace("%", "pct").replace(",", "-"), pathlib.PurePath(text).name
+    text = re.sub(r"[^A-Za-z0-9.+_-]+", "_", text.replace("%", "pct").replace(",", "-"))[:40].strip("_")
+    found += f"_{name}-{text}" + ("" if text == whole else f"-{zlib.crc32(os.fsencode(whole)):08x}")
+  return found
 
 
 def hand_over(figures: dict[str, Any], workdir: pathlib.Path, name: str) -> None:

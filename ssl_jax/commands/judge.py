@@ -16,6 +16,7 @@ all of them, by the encoder and by the pixels. The last line is JSON, which WORK
 
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -55,7 +56,7 @@ def look() -> int:
   if n < 3:
     raise UserError(f"{dataset.name} {dataset.split!r} has {n} images that can be read: three are the least.")
   say(f"images: {n:,} of {dataset.name} {dataset.split}, features of width {found.features.shape[1]}")
-  figures: dict[str, float | int] = {"step": restored.step, "images": n}
+  figures: dict[str, Any] = {"step": restored.step, "images": n, "split": dataset.split} | evaluate.facts(config)
   queries = np.unique(np.arange(judge.SHOWN) * n // judge.SHOWN)
   neighbours = {"encoder": judge.nearest(found.features, queries)[0]}
   pixels = dataset.pixels(restored.eval_view, LARGEST)
@@ -84,7 +85,7 @@ def look() -> int:
   return 0
 
 
-def tell(figures: dict[str, float | int], prefix: str, name: str, found: dict[str, float]) -> None:
+def tell(figures: dict[str, Any], prefix: str, name: str, found: dict[str, float]) -> None:
   """Adds what was measured to the figures, and says it in a line."""
   figures |= {f"{prefix}{key}": value for key, value in found.items()}
   say(f"{name:<20}{messages.in_words(found)}")

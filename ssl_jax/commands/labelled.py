@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 from ml_collections.config_flags import config_path
 
-from ssl_jax import restore
-from ssl_jax.errors import UserError
+from ssl_jax import build, restore
+from ssl_jax.errors import NoSplit, UserError
 from ssl_jax.run import cluster, log, whole
 from ssl_jax.run import workdir as workdirs
 from ssl_jax.run.cli import say
@@ -55,6 +55,17 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
   return config
 
 
+def check_apart(config: Any, train_split: str, test_split: str) -> None:
+  """Raises UserError where images of the data that a config names are both trained on and scored."""
+  try:
+    shared = train_split == test_split or build.overlap(config, train_split, test_split)
+  except NoSplit:  # told, or not needed, where it is loaded
+    return
+  if shared:
+    are = "both are" if train_split == test_split else f"{train_split!r} shares images with"
+    raise UserError(f"the training and the test split: {are} {test_split!r}. Score images that are not trained on.")
+
+
 def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: Any) -> None:
   """Writes the figures of a run's last evaluation to a JSON file, and prints them as the last line."""
   rows = [row for row in log.read_rows(workdir / "metrics.jsonl") if "test_top1" in row]
@@ -65,7 +76,12 @@ def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: A
   guessing = {key: x for key, x in rows[0].items() if key == "guessing_top1"}
   length = "steps" if config.get("steps") else "epochs"
   settings = {"learning_rate": config.lr.base, length: config[length], "batch_size": config.batch_size}
+  source = workdirs.read_resolved(workdir).get("init_from") or {}  # none: from scratch, or begun by an older version
+  facts |= {"encoder_step": source.get("step")}
   figures = facts | {"labels": config.method.get("labels") or "all"} | settings | last | guessing
   if cluster.is_main():
-    whole.text(path, json.dumps(figures, indent=2) + "\n")
+    try:
+      whole.text(path, json.dumps(figures, indent=2) + "\n")
+    except OSError as error:  # another's run, say; the figures are not lost
+      say(f"not written: {path} ({error.strerror})")
   say(json.dumps(figures))

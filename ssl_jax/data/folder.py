@@ -136,6 +136,17 @@ def _found(folder, split):
   return root, found
 
 
+def overlap(folder: str | os.PathLike, one: str, other: str) -> bool:
+  """Whether two splits of a folder share images: they are one folder, or one is in the other."""
+  top, roots = pathlib.Path(os.path.expanduser(folder)), []
+  for split in (one, other):
+    root = split_folder(top, split) if top.is_dir() else None
+    if root is None and split != "train":
+      return False  # there is none, which is told where it is loaded
+    roots.append(os.path.realpath(root or top))
+  return os.path.commonpath(roots) in roots
+
+
 def split_folder(top: pathlib.Path, split: str) -> pathlib.Path | None:
   """The folder of a split; None where there is none, or where a folder of that name is a class.
 

@@ -207,6 +207,18 @@ def check_files(builder: Any, split: str, prepare: str = "prepare it again") -> 
       )
 
 
+def overlap(name: str, one: str, other: str, *, data_dir: str | os.PathLike | None = None) -> bool:
+  """Whether two splits of a prepared data set, or slices of them, share records. Raises as `load` does."""
+  builder, _ = _find(name, data_dir)
+  spans = []
+  for split in (one, other):
+    split = split_named(split, builder.info.splits)
+    _count(builder, name, split)  # which tells that there is none
+    files = builder.info.splits[split].file_instructions
+    spans.append([(x.filename, x.skip, x.examples_in_shard if x.take < 0 else x.skip + x.take) for x in files])
+  return any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in spans[0] for b in spans[1])
+
+
 def is_array_record(builder: Any) -> bool:
   """Whether a prepared data set holds ArrayRecord files, the form that is read without TensorFlow."""
   return "array_record" in {f.value for f in builder.info.available_file_formats()}

@@ -13,7 +13,7 @@ import numpy as np
 import ssl_jax
 from ssl_jax.data import Dataset
 from ssl_jax.evaluation.features import Extractor, Features
-from ssl_jax.run import cluster, whole
+from ssl_jax.run import checkpoint, cluster, whole
 from ssl_jax.run.cli import say
 
 
@@ -35,7 +35,7 @@ def features(
   """
   key = json.dumps(
     {
-      "weights": _weights(variables),
+      "weights": checkpoint.digest(variables),
       "images": [dataset.name, dataset.split, dataset.channels, dataset.window, dataset.contents()],
       "view": extractor.view,
       "about": about,
@@ -68,15 +68,6 @@ def _read(path, key):
       return Features(*(kept[name] for name in Features._fields)) if str(kept["key"]) == key else None
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
     return None
-
-
-def _weights(variables):
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    array = np.ascontiguousarray(leaf)
-    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-    digest.update(array.view(np.uint8).data)
-  return digest.hexdigest()
 
 
 def _code():

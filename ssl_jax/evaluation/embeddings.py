@@ -107,7 +107,9 @@ def write(
   rows = BATCHES_A_PART * batch_size
   count = -(-images.size // rows)
   with contextlib.ExitStack() as held:
-    begun = cluster.together(lambda: held.enter_context(_begun(out, work, about, count)) if cluster.is_main() else None)
+    begun = cluster.together(
+      lambda: held.enter_context(_begun(out, work, images, about, count)) if cluster.is_main() else None
+    )
     done = int(cluster.exchange(str(begun))[0])  # of the main process, which alone reads and writes
     if done < 0:
       return False
@@ -158,10 +160,11 @@ def _parts(batches: Iterable[Features]) -> Iterator[Features]:
 
 
 @contextlib.contextmanager
-def _begun(out, work, about, count):
+def _begun(out, work, images, about, count):
   """Locks the folder of parts, and yields how many of them are whole; -1: the file itself is there."""
   if out.exists():
-    _check_same(out, read(out).about, about)
+    found = read(out)
+    _check_same(out, found.about, about, lambda: _changes(found, images))
     shutil.rmtree(work, ignore_errors=True)  # killed between the last two steps
     yield -1
     return
@@ -186,11 +189,26 @@ def _begun(out, work, about, count):
     yield len(kept)
 
 
-def _check_same(path, then, now):
+def _check_same(path, then, now, changes=lambda: "the images: files are others, or were written since"):
   differ = [key for key in {**then, **now} if key not in _PLACES and then.get(key) != now.get(key)]
   if differ:
-    texts = "; ".join(f"{key}: {then.get(key)} there, now {now.get(key)}" for key in differ)
+    tell = lambda key: changes() if key == "images" else f"{key}: {then.get(key)} there, now {now.get(key)}"  # noqa: E731
+    texts = "; ".join(map(tell, differ))
     raise UserError(f"{path} was made from something else ({texts}). Delete it, or take another --out.")
+
+
+def _changes(found, images):
+  """How the images differ from those of a file, as far as their names tell."""
+  then, now = dict.fromkeys(map(str, found.names)), dict.fromkeys(map(images.name, range(images.size)))
+  told = []
+  for names, text in (
+    ([name for name in then if name not in now], "no longer there"),
+    ([name for name in now if name not in then], "not in it, new or not readable then"),
+  ):
+    if names:
+      told.append(f"{len(names):,} {text}, such as {names[0]}")
+  told.append(f"{'others may be' if told else 'one at least was'} written since, or have another class")
+  return f"the images: {len(then):,} there, now {len(now):,}: {'; '.join(told)}"
 
 
 def _whole_parts(work, count):

@@ -14,7 +14,7 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
   p = percent / 100
   centre = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
   half = _Z / (1 + _Z * _Z / n) * (p * (1 - p) / n + (_Z / (2 * n)) ** 2) ** 0.5
-  return 100 * (centre - half), 100 * (centre + half)
+  return _bounded(percent, 100 * (centre - half), 100 * (centre + half))
 
 
 def mean_of_shares(percents: ArrayLike, counts: ArrayLike) -> tuple[float, float]:
@@ -31,4 +31,10 @@ def mean_of_shares(percents: ArrayLike, counts: ArrayLike) -> tuple[float, float
   shares = np.asarray(percents, float)
   low, high = np.transpose([wilson(p, n) for p, n in zip(shares, np.asarray(counts).tolist(), strict=True)])
   below, above = (float(np.sqrt(np.sum(x**2))) / len(shares) for x in (shares - low, high - shares))
-  return float(shares.mean()) - below, float(shares.mean()) + above
+  mean = float(shares.mean())
+  return _bounded(mean, mean - below, mean + above)
+
+
+def _bounded(percent, low, high):
+  """The interval within 0 and 100 % and around its own share: rounding leaves both by some 1e-14."""
+  return max(0.0, min(low, percent)), min(100.0, max(high, percent))

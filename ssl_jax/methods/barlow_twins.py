@@ -23,7 +23,7 @@ from ssl_jax.methods.base import (
   one_network,
 )
 from ssl_jax.models.heads import Network, Projector, torch_uniform, view_by_view
-from ssl_jax.settings import number, positive, text, whole
+from ssl_jax.settings import number, size, text, weight
 
 
 def barlow_twins(
@@ -63,10 +63,10 @@ def barlow_twins(
 
 SETTINGS = dict(
   name=text(required=True),
-  hidden=whole(required=True),
-  features=whole(required=True),
-  off_diagonal=number(required=True),
-  loss_scale=positive(),
+  hidden=size(required=True),
+  features=size(required=True),
+  off_diagonal=weight(required=True),
+  loss_scale=number(0, 1e6, ends="(]"),
 )
 
 

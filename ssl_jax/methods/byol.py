@@ -17,7 +17,7 @@ from flax import struct
 from ssl_jax.losses import byol_loss
 from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_two_views, cosine_momentum, of_encoder
 from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
-from ssl_jax.settings import number, optional, text, whole
+from ssl_jax.settings import number, optional, size, text, whole
 
 # haiku's default, in the ResNet and the MLPs: normal of standard deviation 1 / sqrt(fan_in), truncated at two standard
 # deviations without correcting the scale for it.
@@ -82,7 +82,7 @@ def byol(encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, targ
 SETTINGS = dict(
   name=text(required=True),
   target_momentum=number(0, 1, required=True),
-  mlp=dict(layers=whole(), hidden=optional(whole()), features=whole(), bn_group_size=optional(whole())),
+  mlp=dict(layers=whole(1, 1000), hidden=optional(size()), features=size(), bn_group_size=optional(whole())),
 )
 
 

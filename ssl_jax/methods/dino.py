@@ -21,7 +21,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import dino_center, dino_loss
 from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, cosine_momentum
 from ssl_jax.models.heads import DINOHead, train_pass
-from ssl_jax.settings import flag, number, positive, text, whole
+from ssl_jax.settings import flag, number, size, temperature, text, whole
 
 
 @struct.dataclass
@@ -141,13 +141,13 @@ def dino(
 
 SETTINGS = dict(
   name=text(required=True),
-  teacher_temperature=positive(required=True),
-  teacher_temperature_start=positive(required=True),
+  teacher_temperature=temperature(required=True),
+  teacher_temperature_start=temperature(required=True),
   teacher_temperature_warmup_epochs=whole(0, required=True),
-  student_temperature=positive(required=True),
+  student_temperature=temperature(required=True),
   teacher_momentum=number(0, 1, required=True),
   center_momentum=number(0, 1, required=True),
-  head=dict(layers=whole(), hidden=whole(), bottleneck=whole(), prototypes=whole(2), train_gain=flag()),
+  head=dict(layers=whole(1, 1000), hidden=size(), bottleneck=size(), prototypes=size(2), train_gain=flag()),
 )
 
 

@@ -34,7 +34,7 @@ from ssl_jax.methods.base import (
 )
 from ssl_jax.models.heads import DINOHead
 from ssl_jax.models.vit import ViT
-from ssl_jax.settings import each, number, one_of, positive, text, whole
+from ssl_jax.settings import each, number, one_of, size, temperature, text, weight, whole
 
 
 @struct.dataclass
@@ -253,18 +253,18 @@ def _wide(x):
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-_HEAD = dict(layers=whole(), hidden=whole(), bottleneck=whole(), prototypes=whole(2))
+_HEAD = dict(layers=whole(1, 1000), hidden=size(), bottleneck=size(), prototypes=size(2))
 SETTINGS = dict(
   name=text(required=True),
   targets=one_of("centered", "sinkhorn", required=True),
-  teacher_temperature=positive(required=True),
-  teacher_temperature_start=positive(required=True),
+  teacher_temperature=temperature(required=True),
+  teacher_temperature_start=temperature(required=True),
   teacher_temperature_warmup_epochs=number(required=True),
-  student_temperature=positive(required=True),
+  student_temperature=temperature(required=True),
   teacher_momentum=number(0, 1, required=True),
   center_momentum=number(0, 1),
-  patch_weight=number(),
-  koleo_weight=number(),
+  patch_weight=weight(),
+  koleo_weight=weight(),
   mask_share=number(0, 1, ends="(]"),
   mask_ratios=each(number(0, 1), (2,)),
   head=_HEAD,

@@ -18,7 +18,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import lejepa_loss
 from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_contrastive, in_chunks, one_network
 from ssl_jax.models.heads import EmbeddingProjector, train_pass
-from ssl_jax.settings import number, positive, text, whole
+from ssl_jax.settings import number, positive, size, text, whole
 
 
 def lejepa(
@@ -87,12 +87,12 @@ def draw_directions(step: jax.Array, dim: int, slices: int) -> jax.Array:
 SETTINGS = dict(
   name=text(required=True),
   weight=number(0, 1, ends="()", required=True),
-  slices=whole(required=True),
+  slices=size(required=True),
   t_max=positive(),
   knots=whole(2),
-  embedding=whole(required=True),
-  hidden=whole(required=True),
-  features=whole(required=True),
+  embedding=size(required=True),
+  hidden=size(required=True),
+  features=size(required=True),
 )
 
 

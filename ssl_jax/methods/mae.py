@@ -17,7 +17,7 @@ from ssl_jax.losses import mae_loss, patchify
 from ssl_jax.methods.base import Aux, Context, Method, Monitored
 from ssl_jax.models.mae import MAEDecoder
 from ssl_jax.models.vit import ViT, patch_xavier
-from ssl_jax.settings import flag, number, positive, text, whole
+from ssl_jax.settings import flag, number, positive, size, text, whole
 
 
 @struct.dataclass
@@ -123,7 +123,7 @@ SETTINGS = dict(
   name=text(required=True),
   mask_ratio=number(0, 1, ends="()", required=True),
   normalize_target=flag(required=True),
-  decoder=dict(dim=whole(), depth=whole(), heads=whole(), mlp_ratio=positive(), recompute=flag()),
+  decoder=dict(dim=size(), depth=whole(), heads=whole(), mlp_ratio=positive(), recompute=flag()),
 )
 
 

@@ -32,7 +32,7 @@ from ssl_jax.methods.base import (
   of_encoder,
 )
 from ssl_jax.models.heads import MoCoHead, Network, train_pass, unit
-from ssl_jax.settings import number, one_of, positive, text, whole
+from ssl_jax.settings import number, one_of, size, temperature, text, whole
 
 
 @struct.dataclass
@@ -145,11 +145,11 @@ def gather(x, axis_name):
 SETTINGS = dict(
   name=text(required=True),
   version=one_of(1, 2, 3, required=True),
-  temperature=positive(required=True),
+  temperature=temperature(required=True),
   momentum=number(0, 1, required=True),
-  hidden=whole(),
-  features=whole(required=True),
-  queue_size=whole(),  # of versions 1 and 2, and so is the next
+  hidden=size(),
+  features=size(required=True),
+  queue_size=size(),  # of versions 1 and 2, and so is the next
   bn_group_size=whole(),
 )
 

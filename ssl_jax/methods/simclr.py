@@ -26,7 +26,7 @@ from ssl_jax.methods.base import (
   one_network,
 )
 from ssl_jax.models.heads import Network, SimCLRProjector, train_pass
-from ssl_jax.settings import optional, positive, text, whole
+from ssl_jax.settings import optional, size, temperature, text, whole
 
 # model_util.py and resnet.py of the official code: truncated normal of variance 1 / fan_in.
 conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -75,8 +75,8 @@ def simclr(
 
 SETTINGS = dict(
   name=text(required=True),
-  temperature=positive(required=True),
-  projector=dict(layers=whole(), hidden=optional(whole()), features=whole(), bn_group_size=optional(whole())),
+  temperature=temperature(required=True),
+  projector=dict(layers=whole(1, 1000), hidden=optional(size()), features=size(), bn_group_size=optional(whole())),
 )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ssl_jax.losses import simsiam_loss
 from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, one_network
 from ssl_jax.models.heads import PredictorNetwork, Projector, torch_bias, torch_uniform, view_by_view
-from ssl_jax.settings import text, whole
+from ssl_jax.settings import size, text
 
 
 def simsiam(encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> Method:
@@ -41,7 +41,7 @@ def simsiam(encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> M
   return one_network(init, loss, separable=True, chance=chance)
 
 
-SETTINGS = dict(name=text(required=True), features=whole(required=True), hidden=whole(required=True))
+SETTINGS = dict(name=text(required=True), features=size(required=True), hidden=size(required=True))
 
 
 def from_config(settings: Any, context: Context) -> Method:

@@ -24,7 +24,7 @@ from ssl_jax.methods.base import (
   one_network,
 )
 from ssl_jax.models.heads import Network, Projector, torch_uniform, view_by_view
-from ssl_jax.settings import number, text, whole
+from ssl_jax.settings import size, text, weight
 
 
 def vicreg(
@@ -63,11 +63,11 @@ def vicreg(
 
 SETTINGS = dict(
   name=text(required=True),
-  hidden=whole(required=True),
-  features=whole(required=True),
-  invariance=number(),
-  variance=number(),
-  covariance=number(),
+  hidden=size(required=True),
+  features=size(required=True),
+  invariance=weight(),
+  variance=weight(),
+  covariance=weight(),
 )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import pathlib
@@ -206,3 +207,13 @@ def fingerprint(tree: Any) -> jax.Array:
     # Odd weights by position: one changed word always changes the sum, and several almost always do.
     total = 31 * total + jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
   return total
+
+
+def digest(tree: Any) -> str:
+  """SHA-256 of the names, types, shapes and values of a tree's arrays, each of which this process has whole."""
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.ascontiguousarray(leaf)
+    found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+    found.update(array.view(np.uint8).data)
+  return found.hexdigest()

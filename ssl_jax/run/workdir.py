@@ -68,11 +68,42 @@ def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
     )
 
 
-def write_start(run: "Run", workdir: pathlib.Path) -> None:
-  """Writes what the run is made from: config.json, and resolved.json, what the data decided."""
+def source(run: "Run", workdir: pathlib.Path, begins: bool) -> dict[str, Any] | None:
+  """Which weights the run in a workdir began with, or begins with now, as of `Run.source`. All processes come here.
+
+  None: no weights, a method without labels, or a run that an older version began.
+
+  Raises:
+    UserError: the run goes on, and `init_from` gives other weights now: its figures would be those of the old ones.
+  """
+  if begins:
+    return run.source()
+  then = read_resolved(workdir).get("init_from")
+  if then is None:
+    return None
+  path = run.config.init_from
+  try:
+    now = run.source()
+  except UserError as error:  # its checkpoints are gone, say, which the run does not need any more
+    say(f"note: whether init_from={path} still has the weights that {workdir} began with cannot be told: {error}")
+    now = None
+  if now not in (None, then):
+    before, here = (f"{x['weights'][:8]}" if x["step"] is None else f"step {x['step']}" for x in (then, now))
+    if before == here:
+      here = f"other ones of {here}"
+    raise UserError(
+      f"{workdir} began with other weights than {path} has now ({before} then, {here} now): delete {workdir} to train "
+      "with those of now, or take another --workdir."
+    )
+  return then
+
+
+def write_start(run: "Run", workdir: pathlib.Path, source: dict[str, Any] | None = None) -> None:
+  """Writes what the run is made from: config.json, and resolved.json, what the data and `init_from` gave."""
   workdir.mkdir(parents=True, exist_ok=True)
+  resolved = run.resolved() | ({} if source is None else {"init_from": source})
   whole.text(workdir / "config.json", json.dumps(configs.to_json(run.config), indent=2) + "\n")
-  whole.text(workdir / "resolved.json", json.dumps(run.resolved(), indent=2) + "\n")
+  whole.text(workdir / "resolved.json", json.dumps(resolved, indent=2) + "\n")
 
 
 def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:

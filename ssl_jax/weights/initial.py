@@ -12,6 +12,7 @@ import optax
 
 from ssl_jax.errors import UserError
 from ssl_jax.models.vit import interpolate_positions
+from ssl_jax.run import checkpoint
 from ssl_jax.training import TrainState
 from ssl_jax.weights import load
 
@@ -84,6 +85,28 @@ def start_from(
   if left:
     lines.append(f"initialised at random, as without weights: {', '.join(left)}")
   return train._replace(**new), lines
+
+
+def source(path: str | os.PathLike, encoder: nn.Module) -> dict[str, Any]:
+  """What `start_from` takes from a path, to tell later whether it still gives the same. All processes come here.
+
+  Args:
+    path: a workdir, a folder or a file.
+    encoder: the recipe's.
+
+  Returns:
+    {"step": of a run's checkpoint, None of a file, "weights": SHA-256 of the encoder's weights as they lie there}.
+
+  Raises:
+    UserError: see `load_weights`.
+  """
+  path = pathlib.Path(path)
+  if not (path / "checkpoints").is_dir():
+    return {"step": None, "weights": checkpoint.digest(load.read_state(path, encoder))}
+  from ssl_jax import restore  # imported late: it imports this module
+
+  run = restore.restore_encoder(path)
+  return {"step": run.step, "weights": checkpoint.digest(run.variables)}
 
 
 def _whole(run, train, path, antialias):

@@ -97,7 +97,7 @@ def load_weights(
     UserError: the file cannot be read, holds no such encoder or several, or does not fit: what is missing, unexpected
       or of another shape is named. Nothing is left at random values.
   """
-  kind = next((kind for kind in _LANDMARKS if isinstance(model, kind)), None)
+  kind = _kind_of(model)
   if kind is None:
     raise TypeError(f"model must be a ViT or a ResNet of ssl_jax, got {type(model).__name__}.")
   path = pathlib.Path(path)
@@ -127,13 +127,21 @@ def load_weights(
   return Loaded(variables, extra, tuple(report))
 
 
-def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of the encoder in a file or folder under timm's and torchvision's names, whatever encoder it is.
+def read_state(path: pathlib.Path, model: nn.Module | None = None) -> dict[str, np.ndarray]:
+  """The arrays of the encoder in a file or folder under timm's and torchvision's names, as the file has them.
+
+  Args:
+    path: the file or folder.
+    model: the encoder is one of its kind; None: of any.
 
   Raises:
     UserError: see `load_weights`.
   """
-  return _read_encoder(path, None, None, [], False)[0]
+  return _read_encoder(path, _kind_of(model), None, [], False)[0]
+
+
+def _kind_of(model):
+  return next((kind for kind in _LANDMARKS if isinstance(model, kind)), None)
 
 
 def _read_run(workdir, take, report, masked):
