@@ -247,4 +247,6 @@ def test_figures_tell_the_step_of_the_encoder_and_are_not_lost_where_one_may_onl
   (tmp_path / "figures.json").mkdir()
   labelled.hand_over(recipe("linear"), tmp_path, tmp_path / "figures.json")
   *_, told, figures = capsys.readouterr().out.splitlines()
-  assert json.loads(figures)["encoder_step"] == 7 and told.endswith("figures.json (Is a directory)")
+  figures = json.loads(figures)
+  assert (figures["encoder_step"], figures["data"], figures["test_split"]) == (7, "imagenet2012", "val")
+  assert told.endswith("figures.json (Is a directory)")

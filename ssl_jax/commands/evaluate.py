@@ -12,6 +12,7 @@ from absl import flags
 
 from ssl_jax import advise, build, data
 from ssl_jax import config as configs
+from ssl_jax.commands import labelled
 from ssl_jax.data import Dataset, look
 from ssl_jax.data.folder import files_of
 from ssl_jax.errors import UserError
@@ -82,9 +83,7 @@ def of_flags(config: Any) -> Any:
 
 def facts(config: Any, **sets: tuple[Dataset, int]) -> dict[str, Any]:
   """What figures are of, for their record: the data set, by `role=(dataset, images used)` its splits, the features."""
-  named = of_flags(config).data
-  path = lambda x: x and os.path.abspath(os.path.expanduser(x))  # noqa: E731
-  found = {"data": path(named.folder) or named.name, "data_dir": None if named.folder else path(named.data_dir)}
+  found: dict[str, Any] = labelled.place_of(of_flags(config).data)
   for role, (dataset, images) in sets.items():
     found |= {f"{role}_split": dataset.split, f"{role}_images": images}
   return found | {"features": FEATURES.value or config.encoder.get("features")}

@@ -1,6 +1,7 @@
 """What finetune.py and eval_linear.py --protocol=linear share: a recipe for labels, made to fit a run's encoder."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +56,12 @@ def fitted(config: Any, source: pathlib.Path, given: Mapping[str, Any]) -> Any:
   return config
 
 
+def place_of(data: Any) -> dict[str, str | None]:
+  """What a config's section `data` names, for a record: the folder's whole path, or the set's name and where it is."""
+  path = lambda x: x and os.path.abspath(os.path.expanduser(x))  # noqa: E731
+  return {"data": path(data.folder) or data.name, "data_dir": None if data.folder else path(data.data_dir)}
+
+
 def check_apart(config: Any, train_split: str, test_split: str) -> None:
   """Raises UserError where images of the data that a config names are both trained on and scored."""
   try:
@@ -76,8 +83,10 @@ def hand_over(config: Any, workdir: pathlib.Path, path: pathlib.Path, **facts: A
   guessing = {key: x for key, x in rows[0].items() if key == "guessing_top1"}
   length = "steps" if config.get("steps") else "epochs"
   settings = {"learning_rate": config.lr.base, length: config[length], "batch_size": config.batch_size}
-  source = workdirs.read_resolved(workdir).get("init_from") or {}  # none: from scratch, or begun by an older version
-  facts |= {"encoder_step": source.get("step")}
+  resolved = workdirs.read_resolved(workdir)
+  source = resolved.get("init_from") or {}  # none: from scratch, or begun by an older version
+  facts |= {"encoder_step": source.get("step")} | place_of(config.data) | {"train_split": config.data.split}
+  facts |= {"train_images": resolved.get("images"), "test_split": config.data.test_split, "seed": config.seed}
   figures = facts | {"labels": config.method.get("labels") or "all"} | settings | last | guessing
   if cluster.is_main():
     try:
