@@ -126,6 +126,8 @@ def main() -> int:
   figures: dict[str, Any] = {"step": restored.step, "protocol": PROTOCOL.value, "labels": LABELS.value, "draws": draws}
   figures |= evaluate.facts(config, train=(train_set, len(labels)), test=(test_set, len(test_labels)))
   figures |= {"blocks": BLOCKS.value and ",".join(BLOCKS.value), "seed": SEED.value}
+  if PROTOCOL.value == "heads" and isinstance(restored.encoder, ViT):
+    figures |= {"features": "cls+mean", "blocks": ",".join(map(str, blocks_of(restored.encoder)))}
   figures["guessing_top1"] = guessing(labels, test_labels)
   low, high = intervals.wilson(figures["guessing_top1"], len(test_labels))
   figures |= {"guessing_top1_low": low, "guessing_top1_high": high}
@@ -170,7 +172,7 @@ def by_the_papers(workdir: pathlib.Path) -> int:
   config = labelled.fitted(config, workdir, given)
   config.init_from = str(workdir)
   if config.data.split and config.data.test_split:
-    labelled.check_apart(config, config.data.split, config.data.test_split)
+    cluster.together(lambda: labelled.check_apart(config, config.data.split, config.data.test_split))
   name = f"linear_{version}{evaluate.differing()}"
   status = train.main(config, workdir / name)
   if status == 0:
@@ -245,9 +247,14 @@ def of_encoder(encoder: Any, of_pixels: Score) -> tuple[Read, Score]:
     return reading(encoder, FEATURES.value, *blocks), of_pixels
   if not isinstance(encoder, ViT):
     return reading(encoder, None, *blocks[-1:]), of_pixels  # which refuses blocks: there is one input
-  blocks = blocks or sorted({1, min(4, encoder.depth)})
+  blocks = blocks_of(encoder)
   read = reading(encoder, "cls+mean", blocks[-1])
   return read, functools.partial(of_pixels, reads=heads.inputs(blocks, encoder.dim))
+
+
+def blocks_of(encoder: ViT) -> list[int]:
+  """The numbers of last blocks that heads are tried on: those of the flag, by default 1 and 4."""
+  return sorted(map(int, BLOCKS.value)) if BLOCKS.value else sorted({1, min(4, encoder.depth)})
 
 
 def check_classes(labels: np.ndarray, test_labels: np.ndarray, wanted: probe.Labels, chooses: bool) -> None:

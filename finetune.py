@@ -19,7 +19,7 @@ from ml_collections import config_flags
 import train
 from ssl_jax.commands import labelled
 from ssl_jax.errors import UserError
-from ssl_jax.run import cli
+from ssl_jax.run import cli, cluster
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the recipe; by default configs/finetune_quickstart.py")
 FROM = flags.DEFINE_string("from", None, "a run's workdir, a file or folder of weights, or scratch")
@@ -46,7 +46,7 @@ def main() -> int:
       config.method.labels = LABELS.value
   config.init_from = None if source == "scratch" else source
   if config.data.split and config.data.test_split:
-    labelled.check_apart(config, config.data.split, config.data.test_split)
+    cluster.together(lambda: labelled.check_apart(config, config.data.split, config.data.test_split))
   status = train.main(config, workdir)
   if status == 0:
     labelled.hand_over(config, workdir, workdir / "finetune.json", **{"from": source})

@@ -47,7 +47,7 @@ def go_on(run: Run, workdir: pathlib.Path, stopping: Callable[[], int]) -> int:
   cluster.together(lambda: workdirs.check_resumable(run, workdir))
   restored = checkpoint.restore_newest(workdir / "checkpoints", run.state._asdict(), say)
   start = restored[0] if restored else 0
-  source = workdirs.source(run, workdir, begins=not restored)
+  source = workdirs.source(run, workdir, start, begins=not restored)
   if start >= run.last_step:
     say(f"complete: {workdir} holds the checkpoint of step {start}, of {run.last_step}; nothing to do")
     return 0

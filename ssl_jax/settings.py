@@ -54,16 +54,17 @@ def positive(*, required: bool = False) -> Setting:
 
 
 def size(least: int = 1, *, required: bool = False) -> Setting:
-  """Of a layer, a queue or a set of prototypes: more than 2^24 is a slip of the keyboard."""
+  """A size of a layer, a queue or a set of prototypes, at most 2^24: more is a slip of the keyboard."""
   return _at_most(2**24, whole(least, required=required))
 
 
 def temperature(*, required: bool = False) -> Setting:
+  """A positive temperature of a loss, at most 100."""
   return _at_most(100, positive(required=required))
 
 
 def weight(*, required: bool = False) -> Setting:
-  """Of a term of a loss."""
+  """The weight of a term of a loss, at most 10^6."""
   return _at_most(10**6, number(required=required))
 
 

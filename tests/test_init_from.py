@@ -220,7 +220,7 @@ def test_what_a_run_of_labels_began_with_is_known_when_the_run_or_file_has_other
   monkeypatch.setattr(checkpoint, "restore_newest", lambda *_: (8, {}))
   goes_on = lambda: train.go_on(run, workdir, lambda: 0)  # noqa: E731
   assert goes_on() == 0  # an older version wrote nothing
-  workdirs.write_start(run, workdir, workdirs.source(run, workdir, begins=True))
+  workdirs.write_start(run, workdir, workdirs.source(run, workdir, 0, begins=True))
   assert goes_on() == 0
   for then, text in (
     (of_file, rf"{of_file['weights'][:8]} then, \w{{8}} now\): delete {workdir} .* or take another --workdir"),

@@ -122,9 +122,9 @@ def differing() -> str:
     text = ",".join(value) if isinstance(value, list) else str(value)
     if name in ("folder", "data_dir"):
       text = os.path.abspath(os.path.expanduser(text))
-    whole, text = text.replace("%", "pct").replace(",", "-"), pathlib.PurePath(text).name
+    full, text = text.replace("%", "pct").replace(",", "-"), pathlib.PurePath(text).name
     text = re.sub(r"[^A-Za-z0-9.+_-]+", "_", text.replace("%", "pct").replace(",", "-"))[:40].strip("_")
-    found += f"_{name}-{text}" + ("" if text == whole else f"-{zlib.crc32(os.fsencode(whole)):08x}")
+    found += f"_{name}-{text}" + ("" if text == full else f"-{zlib.crc32(os.fsencode(full)):08x}")
   return found
 
 

@@ -18,7 +18,7 @@ _STEPS, _ROUNDS = 100, 20  # steps of L-BFGS in the same coordinates, and how of
 _TOLERANCE = {8: 1e-8, 4: 1e-6}  # of the objective, by the bytes of a number: where the solver stops
 _TOLD = 100  # times that: a gap that a user is warned of
 _CHOICE = 1e-4  # of the objective, where penalties are compared by the answers: more digits change next to none of them
-_PATIENCE = 8  # penalties in a row without a better one, after which larger C are not tried
+_PATIENCE = 8  # penalties in a row that are worse than the best, after which larger C are not tried
 # Bytes of the features' rows that are made wide and centred at once. 4 MiB stay in a CPU's cache; for accelerators
 # 256 MiB, since blocks follow one after the other and small ones leave them idle (chosen by size, not measured).
 _BLOCK, _BLOCK_OF_ACCELERATORS = 4 << 20, 256 << 20
@@ -111,8 +111,8 @@ def choose_penalty(
 ) -> tuple[float, int]:
   """The C whose classifier of the other rows gives the held-out ones most right answers; of equals the smallest.
 
-  They are tried in ascending order, until eight in a row were not better than the best before them: the largest take
-  nearly all of the time, as their minima lie far out, and answer no better.
+  They are tried in ascending order, until eight in a row were worse than the best before them: the largest take nearly
+  all of the time, as their minima lie far out.
 
   Args:
     features: float [N, d].
@@ -172,7 +172,7 @@ def _count_correct(x, mean, y, held_x, held_y, penalties, num_classes, block):
     start, most, behind = carry
     skipped = lambda start, c: (start, jnp.full_like(most, -1))  # noqa: E731
     start, correct = lax.cond(behind < _PATIENCE, tried, skipped, start, c)
-    behind = jnp.where(correct > most, 0, behind + 1)
+    behind = jnp.where(correct >= most, 0, behind + 1)  # Ties go on: the smallest may all answer with one class.
     return (start, jnp.maximum(most, correct), behind), correct
 
   return lax.scan(along, (zeros, jnp.sum(held_y < 0) - 1, 0), penalties)[1]

@@ -128,7 +128,7 @@ def write_projector(workdir: pathlib.Path, features: np.ndarray, names: list[tup
   )
   sprite = f'  sprite {{ image_path: "projector/sprite.png" single_image_dim: {side} single_image_dim: {side} }}\n'
   text = f'embeddings {{\n  tensor_name: "encoder"\n{entry}{sprite}}}\n'
-  (folder.parent / "projector_config.pbtxt").write_text(text)
+  whole.text(folder.parent / "projector_config.pbtxt", text)
 
 
 class _Guest:
@@ -201,7 +201,7 @@ class WandB:
     self.picture = wandb.Image
     mode: Any = os.environ.get("WANDB_MODE", "offline")
     offline = mode == "offline"
-    for old in (workdir / "wandb").glob(f"offline-run-*-{known}") if known else ():
+    for old in (workdir / "wandb").glob(f"offline-run-*-{known}") if known and offline else ():
       shutil.rmtree(old)
     self.run = wandb.init(
       project=os.environ.get("WANDB_PROJECT", "ssl_jax"),

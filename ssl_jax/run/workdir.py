@@ -23,6 +23,7 @@ WRITTEN = (
   "tensorboard",
   "wandb",
   "mlflow.db",
+  "mlartifacts",
   "config.json",
   "resolved.json",
   "curves.png",
@@ -68,13 +69,13 @@ def check_resumable(run: "Run", workdir: pathlib.Path) -> None:
     )
 
 
-def source(run: "Run", workdir: pathlib.Path, begins: bool) -> dict[str, Any] | None:
+def source(run: "Run", workdir: pathlib.Path, start: int, begins: bool) -> dict[str, Any] | None:
   """Which weights the run in a workdir began with, or begins with now, as of `Run.source`. All processes come here.
 
   None: no weights, a method without labels, or a run that an older version began.
 
   Raises:
-    UserError: the run goes on, and `init_from` gives other weights now: its figures would be those of the old ones.
+    UserError: the run has ended at `start`, and `init_from` gives other weights now: its figures are of the old ones.
   """
   if begins:
     return run.source()
@@ -91,10 +92,11 @@ def source(run: "Run", workdir: pathlib.Path, begins: bool) -> dict[str, Any] | 
     before, here = (f"{x['weights'][:8]}" if x["step"] is None else f"step {x['step']}" for x in (then, now))
     if before == here:
       here = f"other ones of {here}"
-    raise UserError(
-      f"{workdir} began with other weights than {path} has now ({before} then, {here} now): delete {workdir} to train "
-      "with those of now, or take another --workdir."
-    )
+    told = f"{workdir} began with other weights than {path} has now ({before} then, {here} now)"
+    if start < run.last_step:
+      say(f"note: {told}; it goes on with those of then")
+      return then
+    raise UserError(f"{told}: delete {workdir} to train with those of now, or take another --workdir.")
   return then
 
 
