@@ -11,7 +11,7 @@ import pytest
 SCRIPTS = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-SLOW = ("byol_loss", "dino_loss", "own_encoder")
+SLOW = ("byol_loss", "dino_loss", "moco_loss", "own_encoder")
 CASES = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in SCRIPTS]
 
 
