@@ -180,9 +180,10 @@ def _label(where, files) -> tuple[int | str | None, str]:
 
 def _json_label(where, files) -> tuple[int | str | None, str]:
   held = _json(where, files)
-  key = next((key for key in NAMES if key in held and _is_scalar(held[key])), None)
-  if key is None:
+  keys = [key for key in NAMES if key in held and _is_scalar(held[key])]
+  if not keys:
     return None, ""
+  key = next((key for key in keys if held[key] is not None), keys[0])
   return as_label(held[key], f'{where}: "{key}" of its .json'), f'"{key}" of .json'
 
 
