@@ -262,7 +262,8 @@ def test_every_column_of_labels_is_taken_or_told(tmp_path, columns, labels, line
 
 
 def test_labels_in_tars_are_taken_or_told(tmp_path):
-  held = {"a": b'{"label": 1.0}', "b": b'{"label": null}', "c": b'{"label": [0, 1], "x": 1}', "d": b'{"label": null, "labels": true}'}
+  held = {"a": b'{"label": 1.0}', "b": b'{"label": null}', "c": b'{"label": [0, 1], "x": 1}'}
+  held["d"] = b'{"label": null, "labels": true}'
   files = {f"{name}.{kind}": held[name] if kind == "json" else b"" for name in held for kind in ("png", "json")}
   write_tar(tmp_path / "0.tar", files | {"e.png": b"", "e.cls": b"0.0"})
   assert labels_of(tmp_path) == ["1", None, None, "1", "0"]
