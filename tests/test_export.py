@@ -262,7 +262,6 @@ def test_a_dinov2_run_goes_out_with_its_teachers_mask_token_where_that_has_a_pla
   [(LEARNED.clone(depth=1, registers=1), 1), pytest.param(TINY_RESNET, 3, marks=pytest.mark.slow)],
 )
 def test_a_program_of_the_features_takes_any_number_of_images_and_is_proven(tmp_path, model, channels):
-  pytest.importorskip("flatbuffers")
   variables = jax.tree.map(np.abs, random(model, channels))  # variances too
   made = export.make_program(model, variables, VIEW, channels=channels, facts={})
   export.write(made, tmp_path / "out")

@@ -192,7 +192,7 @@ def make_program(
   config: dict[str, Any] = dict(program=PROGRAM, jax=jax.__version__)
   config["ssl_jax"] = facts | {"encoder": shape_of(encoder), "channels": channels, "eval_view": view._asdict()}
   usage = (
-    f'program = jax.export.deserialize(bytearray(open("FOLDER/{PROGRAM}", "rb").read()))\n'
+    f'with open("FOLDER/{PROGRAM}", "rb") as file:\n  program = jax.export.deserialize(bytearray(file.read()))\n'
     f"features = program.call(images)  # float32 [b, {view.size}, {view.size}, {channels}], normalised"
   )
   return Exported("stablehlo", state, config, None, usage, ("jax",), left_out, bytes(program.serialize()))
