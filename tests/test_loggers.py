@@ -5,6 +5,7 @@ import shutil
 import signal
 import struct
 import time
+import types
 
 import numpy as np
 import pytest
@@ -98,6 +99,20 @@ def test_a_run_that_goes_on_hands_over_what_it_had_and_never_ends_for_a_tool(tmp
   assert capsys.readouterr().out.count("wandb failed (RuntimeError: the server is gone); the run goes on") == 1
   log.Writer(tmp_path, -1, ("wandb",)).file.close()
   assert Tool.seen[9:] == [("begins", None)]  # another run, which may have another config
+
+
+def test_one_that_cannot_be_closed_leaves_none_of_the_others_open(tmp_path):
+  writer, closed = log.Writer(tmp_path, -1, ()), []
+
+  def full():
+    raise OSError("the disk is full")
+
+  writer.loggers = [
+    types.SimpleNamespace(close=x) for x in (lambda: closed.append("a"), full, lambda: closed.append("b"))
+  ]
+  with pytest.raises(OSError, match="the disk is full"):
+    writer.close()
+  assert writer.file.closed and sorted(closed) == ["a", "b"]
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,9 @@ class Writer:
       logger.show(name, path, step)
 
   def close(self) -> None:
-    self.file.close()
-    for logger in self.loggers:
-      logger.close()
+    with contextlib.ExitStack() as closing:  # A full disk may fail one of them: the others are closed all the same.
+      for one in (*self.loggers, self.file):
+        closing.callback(one.close)
 
 
 class NoWriter:
