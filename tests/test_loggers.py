@@ -99,6 +99,7 @@ def test_a_run_that_goes_on_hands_over_what_it_had_and_never_ends_for_a_tool(tmp
   assert capsys.readouterr().out.count("wandb failed (RuntimeError: the server is gone); the run goes on") == 1
   log.Writer(tmp_path, -1, ("wandb",)).file.close()
   assert Tool.seen[9:] == [("begins", None)]  # another run, which may have another config
+  assert json.loads((tmp_path / "loggers.json").read_text()) == {"wandb": "an id"}  # so mlflow's is not joined later
 
 
 def test_one_that_cannot_be_closed_leaves_none_of_the_others_open(tmp_path):

@@ -70,6 +70,8 @@ def begin(
 ) -> list[Logger]:
   """Begins with the loggers of a run that has `rows` and goes on at `step`; -1: it starts from nothing."""
   made: list[Logger] = []
+  if step < 0:  # another run than the one that the tools know
+    (workdir / _IDS).unlink(missing_ok=True)
   for name in names:
     if name == "tensorboard":
       made.append(TensorBoard(workdir, step))
@@ -149,7 +151,7 @@ class _Guest:
     def start():
       ids = workdir / _IDS
       known = json.loads(ids.read_text()) if ids.is_file() else {}
-      self.logger = kind(workdir, known.get(name) if step >= 0 else None, about)
+      self.logger = kind(workdir, known.get(name), about)
       whole.text(ids, json.dumps(known | {name: self.logger.id}) + "\n")
       say(f"{name}: {self.logger.where}")
       self._catch_up(workdir / "pictures", step, rows)
