@@ -58,8 +58,9 @@ class Writer:
 
   def close(self) -> None:
     with contextlib.ExitStack() as closing:  # A full disk may fail one of them: the others are closed all the same.
-      for one in (*self.loggers, self.file):
-        closing.callback(one.close)
+      closing.callback(self.file.close)
+      for logger in self.loggers:
+        closing.callback(logger.close)
 
 
 class NoWriter:
