@@ -12,6 +12,7 @@ SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shapes>.*?) (?P<kind>{KINDS})(?P<start>-start)?\(")
 CHANNEL = re.compile(r"channel_id=(\d+)")
+KERNEL = re.compile(r'= [^=]*? (?P<op>fusion|copy|sort|custom-call)\(.*?(?:custom_call_target="(?P<target>[^"]*)"|$)')
 WITHIN_OTHERS = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 PARTS = {  # of a step, by where in the program an instruction is from; the first that fits
@@ -46,7 +47,9 @@ def collectives(text, devices):
     kind = match["kind"]
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["shapes"])
     size = sum(SIZES[t] * int(np.prod([int(x) for x in dims.split(",") if x])) for t, dims in arrays if t in SIZES)
-    if match["start"]:  # an asynchronous one lists its operands as well
+    if match["start"] and kind == "all-gather":  # the start of a gather has its operand, a part of the result, as well
+      size = size * devices // (devices + 1)
+    elif match["start"] and kind != "all-reduce":
       size //= 2
     sent = {"all-reduce": 2 * size, "reduce-scatter": size * devices}.get(kind, size)
     sent = size if kind == "collective-permute" else sent * (devices - 1) / devices
@@ -71,3 +74,15 @@ def expected_cycles(text):
       part = next(part for part, pattern in PARTS.items() if re.search(pattern, name[1] if name else ""))
       found[part] += int(match[1])
   return {part: cycles for part, cycles in found.items() if cycles}
+
+
+def kernels(text):
+  """{kind: number} of what a program for GPUs starts on the card, a loop's own not counted; {} for another's text."""
+  found = {}
+  if "__cublas" not in text:
+    return found
+  for line in text[text.index("\nENTRY ") :].splitlines():
+    if match := KERNEL.search(line):
+      name = match["target"] or match["op"]
+      found[name] = found.get(name, 0) + 1
+  return found

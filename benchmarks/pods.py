@@ -1,17 +1,21 @@
-"""What XLA's TPU compiler makes of the ImageNet recipes' steps on slices of a pod: compiled here, run nowhere.
+"""What XLA's compilers for TPUs and GPUs make of the ImageNet recipes' steps on many chips: compiled here, run nowhere.
 
   python -m venv tpu && tpu/bin/pip install -r requirements-tpu.txt
   PYTHONPATH=. tpu/bin/python benchmarks/pods.py --recipes mae_imagenet:base --topologies v5e:4x4 v6e:8x8
+  python -m venv gpu && gpu/bin/pip install -r requirements.txt "jax[cuda12]"
+  PYTHONPATH=. gpu/bin/python benchmarks/pods.py --recipes mae_imagenet:base --topologies h100:8
 
-No TPU is needed: the compiler is a package, and the devices are described to it. One row is a recipe on a slice: what
-the step holds, computes and sends a chip, the cycles that the compiler expects it to take and where they go, and the
-least time that it can take by the chip's data sheet,
+No TPU and no GPU is needed: the compilers are packages, and the devices are described to them: a slice of TPUs, or one
+host with n H100s. One row is a recipe on such a slice: what the step holds, computes and sends a chip, where the cycles
+go that the compiler for TPUs expects it to take, how many kernels of which kind the compiler for GPUs makes of it, and
+the least time that it can take by the chip's data sheet,
 
     max(model's FLOPs / peak, bytes / bandwidth of the memory) + bytes sent / bandwidth of all links,
 
 where the bytes are each argument and result once, and each temporary once in and once out. What asynchronous
 collectives send counts inside of the max. The MFU at best is the first term by all. A step that the compiler refuses
 because it does not fit has the bytes that it asked for. Compile one at a time: libtpu locks out other processes.
+Without a card the compiler for GPUs cannot try which kernel is the fastest, so that the ones of a real run differ.
 """
 
 import argparse
@@ -26,7 +30,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for the me
 
 import common
 import jax
-from compiled import collectives, expected_cycles, trace_step
+from compiled import collectives, expected_cycles, kernels, trace_step
 from jax.experimental import topologies
 
 from ssl_jax import flops, parallel
@@ -42,19 +46,37 @@ RECIPES = [
 ]
 TOPOLOGIES = ["v5e:2x2", "v5e:4x4", "v5e:8x8", "v6e:8x8"]
 # Bytes of memory, bytes/s of it, and bytes/s that a chip sends over its four links together (1,600 and 3,584 Gbit/s):
-# cloud.google.com/tpu/docs/v6e, where v5e stands beside it.
-CHIPS = {"v5e": (16e9, 819e9, 200e9), "v6e": (32e9, 1640e9, 448e9)}
+# cloud.google.com/tpu/docs/v6e, where v5e stands beside it. H100 SXM by its data sheet: NVLink within a host.
+CHIPS = {"v5e": (16e9, 819e9, 200e9), "v6e": (32e9, 1640e9, 448e9), "h100": (80e9, 3350e9, 450e9)}
+H100 = """
+  gpu_device_info {
+    cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+    threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    registers_per_block_limit: 65536 registers_per_core_limit: 65536
+    shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+    l2_cache_size: 52428800 device_memory_size: 84978434048 memory_bandwidth: 3352320000000
+  }
+  platform_name: "CUDA" dnn_version_info { major: 9 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# What the compiler would try out on a card, it leaves at a choice that works without.
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)")
 
 
 def compile_row(config, topology):
   """The row of a recipe on a slice."""
-  mesh = parallel.make_mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+  described, platform, options = dict(platform="tpu", topology_name=topology), "tpu", None
+  if topology.startswith("h100:"):
+    shape = f"1x1x{topology.removeprefix('h100:')}"  # parts of a cluster, hosts, cards of each
+    described = dict(platform="cuda", topology_name="", topology=shape, target_config=H100)
+    platform, options = "cuda", UNTUNED
+  mesh = parallel.make_mesh(topologies.get_topology_desc(**described).devices)
   traced, start = trace_step(config, mesh), time.perf_counter()
   model = flops.count(traced.jaxpr) / mesh.size
   row = dict(chips=mesh.size, model_flops=model, memory=CHIPS[topology.split(":")[0]][0])
   try:
-    program = traced.lower(lowering_platforms=("tpu",)).compile()
+    program = traced.lower(lowering_platforms=(platform,)).compile(options)
   except jax.errors.JaxRuntimeError as error:
     if not (match := OUT_OF_MEMORY.search(str(error))):
       raise
@@ -77,9 +99,10 @@ def figures(program, row, mesh, dtype, topology):
   least = max(compute, moving, sent[True] / links) + waiting
   # What is donated is held once: the new state takes the old one's place. The program itself lies in the same memory.
   held = inputs + outputs - memory.alias_size_in_bytes + temporary + memory.generated_code_size_in_bytes
-  counted = dict(held=held, temporary=temporary, collectives=found, cycles=expected_cycles(text))
+  own = program.cost_analysis()  # the compiler for GPUs has none
+  counted = dict(held=held, temporary=temporary, collectives=found, cycles=expected_cycles(text), kernels=kernels(text))
   return counted | dict(
-    flops=program.cost_analysis()["flops"],
+    flops=own and own["flops"],
     compute_seconds=compute,
     memory_seconds=moving,
     waiting_seconds=waiting,
@@ -91,7 +114,7 @@ def figures(program, row, mesh, dtype, topology):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--recipes", nargs="+", default=RECIPES)
-  parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, help="such as v5e:4x4; v5e or v6e")
+  parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES, help="such as v5e:4x4, v6e:8x8, h100:8")
   parser.add_argument("--batch", type=int, help="global; by default the recipe's")
   parser.add_argument("--microbatch", type=int)
   parser.add_argument("--shard_state", action="store_true")
@@ -119,11 +142,15 @@ def in_words(row):
   if not row["fits"]:
     return line + "does not fit"
   line += f"of which {row['temporary'] / 1e9:.1f} temporary; {row['model_flops'] / 1e12:.2f} TFLOP"
-  line += f" (the program's own: {row['flops'] / 1e12:.2f}); sent: "
+  line += f" (the program's own: {row['flops'] / 1e12:.2f})" if row["flops"] else ""
+  line += "; sent: "
   line += ", ".join(f"{count} {kind} of {sent / 1e6:,.0f} MB" for kind, (count, sent) in row["collectives"].items())
   parts = (f"{1e3 * row[f'{part}_seconds']:.1f} ms {part}" for part in ("compute", "memory", "waiting"))
   line += f"; {', '.join(parts)}, so at least {1e3 * row['least_seconds']:.1f} ms: MFU at most {row['mfu']:.0%}"
-  cycles = sum(row["cycles"].values())
+  if row["kernels"]:
+    line += "; " + ", ".join(f"{count} {kind}" for kind, count in row["kernels"].items())
+  if not (cycles := sum(row["cycles"].values())):
+    return line
   shares = sorted(row["cycles"].items(), key=lambda item: -item[1])
   line += f"; the compiler expects {cycles / 1e6:.1f} million cycles: "
   return line + ", ".join(f"{part} {share / cycles:.0%}" for part, share in shares)
