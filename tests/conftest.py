@@ -7,7 +7,9 @@ import sys
 import time
 
 XLA_FLAGS = "--xla_force_host_platform_device_count=4"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # it compiles in two thirds of the time; 0.12 has no choice
+if importlib.metadata.version("jaxlib").startswith(
+  "0.10."
+):  # it compiles in two thirds of the time; 0.12 has no choice
   XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 # XLA's thread pool is as large as the core count: with fewer threads than devices a collective can hang for ever.
