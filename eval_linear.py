@@ -59,7 +59,7 @@ PROTOCOLS = ("logreg", "heads", "linear")
 ONLY_FOR = {  # flags that are not for all of them
   **dict.fromkeys(("C", "features"), ("logreg",)),
   **dict.fromkeys(("rates", "head_steps", "head_batch"), ("heads",)),
-  **dict.fromkeys(("blocks", "draws", "per_class", "cache", "batch_size", "step"), ("logreg", "heads")),
+  **dict.fromkeys(("blocks", "draws", "per_class", "cache", "batch_size", "step", "pixels"), ("logreg", "heads")),
   "config": ("linear",),
 }
 RECIPE = pathlib.Path(__file__).parent / "configs" / "linear.py"
@@ -70,6 +70,7 @@ LABELS = flags.DEFINE_string("labels", "all", "how many training images have one
 DRAWS = flags.DEFINE_integer("draws", None, "how often these are drawn; by default 5 times, or once where it is all")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws and of the held-out images", lower_bound=0)
 PER_CLASS = flags.DEFINE_bool("per_class", False, "write each class's accuracy and the confusion matrix beside it")
+PIXELS = flags.DEFINE_bool("pixels", True, "logreg, heads: try the pixels too, which can take longer than the encoder")
 C = flags.DEFINE_list("C", None, "logreg: inverse penalties to choose from; by default DINOv2's 45, 10^-6 to 10^5")
 BLOCKS = flags.DEFINE_list(
   "blocks", None, "the last blocks of a ViT that are read; heads: numbers to choose from, by default 1,4"
@@ -133,8 +134,10 @@ def main() -> int:
   figures |= {"guessing_top1_low": low, "guessing_top1_high": high}
   say(f"guessing the most frequent class: {figures['guessing_top1']:.2f} % (95 %: {low:.2f} to {high:.2f})")
   measured = functools.partial(measure, wanted=wanted, draws=draws)
-  pixels = pixels_of(train_set, test_set, restored.eval_view)
-  if pixels is None:
+  pixels = pixels_of(train_set, test_set, restored.eval_view) if PIXELS.value else None
+  if not PIXELS.value:
+    say("raw pixels: not tried, as --nopixels asks")
+  elif pixels is None:
     say("raw pixels: not tried, since the images are large or not in memory")
   else:
     for prefix, name, given in (

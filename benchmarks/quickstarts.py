@@ -32,8 +32,8 @@ COLUMNS = ("knn", *LOGREG, "linear", *FINETUNE)
 PENALTIES = "--C=0.001,0.01,0.1,1,10"
 
 
-def commands(method, seed, column, folder):
-  """[(a command, the file that it writes last)]: what a column needs, in order."""
+def commands(method, seed, column, folder, pixels=True):
+  """[(a command, the file that it writes last)]: what a column needs, in order; the pixels need be tried only once."""
   run = folder / f"{method}_{seed}"
   train = f"train.py --config=configs/{METHODS[method][1]}.py --config.seed={seed} --workdir={run}", run / "report.json"
   if column == "knn":
@@ -41,7 +41,8 @@ def commands(method, seed, column, folder):
   if column in LOGREG:
     labels = LOGREG[column]
     name = "linear.json" if labels == "all" else f"linear_labels-{labels.replace('%', 'pct')}.json"
-    return [train, (f"eval_linear.py --workdir={run} {PENALTIES} --labels={labels} --cache", run / name)]
+    command = f"eval_linear.py --workdir={run} {PENALTIES} --labels={labels} --cache{'' if pixels else ' --nopixels'}"
+    return [train, (command, run / name)]
   if column == "linear":
     recipe = f"--config=configs/linear.py:{method} --config.batch_size=256 --config.epochs=10"
     command = f"eval_linear.py --protocol=linear --workdir={run} {recipe} --seed={seed}"
@@ -100,7 +101,8 @@ def main():
       for column in args.columns:
         if column in FINETUNE and method != "mae":
           continue
-        for command, file in commands(method, seed, column, folder):
+        first = (method, seed) == (args.methods[0], args.seeds[0])
+        for command, file in commands(method, seed, column, folder, first):
           if not file.exists():
             call(command)
         for line, value in figures(method, seed, column, folder).items():

@@ -374,7 +374,7 @@ def test_eval_linear_tells_what_the_encoder_its_untrained_self_and_pixels_are_wo
       ({"protocol": "linear", name: value}, f"--{name} is for --protocol=.*, and this is linear")
       for name, value in {
         **dict(C=["3"], features="cls", blocks=["77"], rates=["5"], head_steps=9, head_batch=8, draws=3),
-        **dict(per_class=True, cache=True, batch_size=8, step=5),
+        **dict(per_class=True, cache=True, batch_size=8, step=5, pixels=False),
       }.items()
     ),
     (dict(train_split="train[:9]"), "the training split has no image of class"),
