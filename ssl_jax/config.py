@@ -313,9 +313,9 @@ def check_same(config: Any, saved: dict[str, Any]) -> None:
   ]
   if differ:
     raise UserError(
-      f"this workdir was started with another config ({'; '.join(differ)}). "
-      "Give the old values to go on with that run, or another --workdir to start a new run: with "
-      "--config.init_from and the name of this workdir, that run starts from this one's weights."
+      f"this workdir was started with another config ({'; '.join(differ)}). Give the old values to go on with that "
+      "run. To begin anew take another --workdir, or delete this folder where --workdir does not name it; with "
+      "--config.init_from and the name of this folder, the new run starts from this one's weights."
     )
 
 

@@ -233,10 +233,14 @@ def _batch(data, device, config, settle):
   why = "normalised together on any device, by any microbatch"
   settle(r"(encoder|method\.\w+)\.bn_group_size", lambda key: (group, why))
   half = max(1, min(group, size // 2, 32))
-  settle(r"method\.bn_group_size", lambda key: (half, "keys are shuffled between groups: there must be several"))
+  several = "keys are shuffled between groups: there must be several"
+  alone = "each image is normalised by itself: give more images" if half == 1 else several
+  settle(r"method\.bn_group_size", lambda key: (half, alone))
 
   def queue(key):
     length = min(65_536, 2 ** int(math.log2(max(data.images / 3, config.batch_size))))
+    if length > data.images / 3:
+      return length, "one batch, the least: with so few images it holds keys of the query's own image"
     return length, "keys of at most a third of the images: a longer queue would hold keys of the query's own image"
 
   settle(r"method\.queue_size", queue)

@@ -286,6 +286,12 @@ def test_a_wrong_value_is_told_with_what_holds(name, key, value, text):
   assert text in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["byol_quickstart", "simsiam_imagenet", "barlow_twins_imagenet"])
+def test_one_image_is_no_batch_where_batch_norm_would_make_it_a_constant(name):
+  with pytest.raises(UserError, match="needs a batch of at least two images, got batch_size=1"):
+    build.method_of(with_value(recipe(by_name(name)), "batch_size", 1), 10, 1)
+
+
 def test_all_wrong_keys_are_told_at_once_a_line_each_and_what_is_missing_too():
   config = with_value(with_value(quick(), "lr.base", math.nan), "method.projector.layers", 0)
   del config.knn.k, config.method.temperature

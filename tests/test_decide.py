@@ -89,6 +89,9 @@ def test_the_decisions_follow_the_images_and_the_device():
   vit = decided(facts(), GPU, "dino_vit")
   assert [view["size"] for view in vit.views] == [128, 128, 48, 48] and vit.encoder.patch_size == 16
   assert decided(facts(), CPU, "moco").method.bn_group_size == 32
+  few = decide.decide(facts(images=3), CPU, recipe("own_images", "moco"))[1]
+  reasons = {line.key: line.reason for line in few}
+  assert "normalised by itself" in reasons["method.bn_group_size"] and "one batch" in reasons["method.queue_size"]
 
 
 def test_what_is_given_by_its_key_stays_and_the_rest_follows_it():

@@ -138,6 +138,10 @@ def test_work_on_anything_else_is_refused_and_a_damaged_part_made_again(tmp_path
     write(out, of=some)
   with pytest.raises(UserError, match=r"x\.npz is not finished"):
     embeddings.read(out)
+  np.save(tmp_path / "loose.npy", np.ones((3, 4)))
+  for other, why in ((tmp_path, "is a folder"), (tmp_path / "loose.npy", "holds one array, without names")):
+    with pytest.raises(UserError, match=f"{why}: give a file that embed wrote"):
+      embeddings.read(other)
   with pytest.raises(UserError, match=r"x\.npz\.parts was made from something else \(weights: w there, now v\)"):
     write(out, {**ABOUT, "weights": "v"})
   part = tmp_path / "x.npz.parts" / "000001.npz"

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from programs import equations
 
-from ssl_jax.losses import info_nce, nt_xent
+from ssl_jax.losses import barlow_twins_loss, byol_loss, info_nce, koleo_loss, nt_xent, simsiam_loss, vicreg_loss
 
 GOLDEN = ("nt_xent_n8_t0.1", "nt_xent_n33_t0.07", "nt_xent_n64_t0.5")
 BLOCKS = (1, 3, 1000)
@@ -275,6 +275,20 @@ def test_all_zero_is_the_chance_level_with_a_finite_gradient(dtype):
   loss, grads = loss_and_grads(zero, zero, temperature=0.2)
   np.testing.assert_allclose(loss, math.log(15), rtol=1e-6)
   assert all(np.isfinite(np.float32(g)).all() for g in grads)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, info_nce, byol_loss, simsiam_loss, barlow_twins_loss, koleo_loss])
+def test_a_norm_whose_square_overflows_is_nan_and_no_good_loss(loss):
+  a, b = (jnp.float32(x) for x in draw(6, 4))
+  others = () if loss is koleo_loss else (b,)
+  assert np.isnan(loss(1e20 * a, *others)) and np.isfinite(loss(1e18 * a, *others))
+
+
+def test_what_is_no_array_is_told_and_float64_of_numpy_is_narrowed_in_silence():
+  a, b = draw(6, 4)
+  with pytest.raises(TypeError, match="z1 must be an array, got a list"):
+    nt_xent(a.tolist(), b.tolist())
+  assert a.dtype == np.float64 and vicreg_loss(a, b).dtype == jnp.float32  # a warning is an error
 
 
 # In float32 the loss is the difference of two numbers near 1 / temperature, each rounded to 1e-7 of itself.

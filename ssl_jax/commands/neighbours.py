@@ -61,6 +61,8 @@ def run(path: pathlib.Path, of: str | None, out: pathlib.Path, k: int, folder: s
       if len(rows) > neighbours.QUERIES:
         say(f"{first + len(values):,} of {len(rows):,} images")
 
+  if k > (fewer := len(bank.names) - (itself is not None)):
+    say(f"note: --k={k:,}, and there are {fewer:,} other images")
   write_table(table, ("query", "rank", "neighbour", "similarity"), lines())
   say(f"wrote {table}: the nearest of {len(bank.names):,} images for {len(rows):,}")
   cells = [[(queries, int(rows[i])), *((bank, row) for row in found[i][:_SHOWN])] for i in drawn]

@@ -131,6 +131,9 @@ def read(path: str | os.PathLike) -> Embeddings:
     UserError: it is not there, is damaged, or holds something else.
   """
   path = pathlib.Path(path)
+  if path.is_dir() or path.suffix == ".npy":
+    what = "is a folder" if path.is_dir() else "holds one array, without names"
+    raise UserError(f"{path} {what}: give a file that embed wrote, an .npz or .parquet.")
   if not path.is_file():
     unfinished = path.with_name(f"{path.name}.parts").is_dir()
     how = " is not finished: give its embed command again, which goes on" if unfinished else " does not exist"

@@ -17,6 +17,8 @@ _BLOCK, _BLOCK_OF_ACCELERATORS = 2**20, 2**24
 
 def check_input(name: str, x: jax.Array) -> None:
   """Raises TypeError unless an input is floating point, and ValueError if an axis is empty: a mean of it is NaN."""
+  if not hasattr(x, "dtype"):
+    raise TypeError(f"{name} must be an array, got a {type(x).__name__}.")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{name} must be floating point, got {x.dtype}.")
   if 0 in x.shape:
@@ -59,16 +61,21 @@ def check_pair(name1: str, x1: jax.Array, name2: str, x2: jax.Array) -> None:
 
 
 def wide(x: jax.Array) -> jax.Array:
-  """Casts to float32; float64 stays as it is."""
+  """Casts to float32; float64 stays as it is, where JAX has it."""
+  x = jnp.asarray(x)
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Scales the last axis to unit norm in float32; a zero vector stays zero, with a gradient of zero."""
+  """Scales the last axis to unit norm in float32; a zero vector stays zero, with a gradient of zero.
+
+  A vector whose square overflows, from a norm of 1.8e19 on, becomes NaN: as zeros it would look like a good loss.
+  """
   x = wide(x)
   square = jnp.sum(x * x, axis=-1, keepdims=True)
   # Without the `where` the gradient at 0 would be 1e6 times the incoming one, which overflows float16.
-  return x * jnp.where(square == 0, 0.0, lax.rsqrt(jnp.maximum(square, 1e-12)))
+  scale = jnp.where(square == jnp.inf, jnp.nan, lax.rsqrt(jnp.maximum(square, 1e-12)))
+  return x * jnp.where(square == 0, 0.0, scale)
 
 
 def at_once(rows: int, columns: int, block_size: int | None) -> bool:

@@ -36,7 +36,8 @@ def nt_xent(
       \frac{\exp(\langle z_i, z_{p(i)} \rangle / \tau)}{\sum_{j \neq i} \exp(\langle z_i, z_j \rangle / \tau)}
 
   Args:
-    z1: float [N, d], projections of the first views. Any norm from 1e-6 up is scaled to one; a zero vector stays zero.
+    z1: float [N, d], projections of the first views. Any norm from 1e-6 to 1e19 is scaled to one; a zero vector stays
+      zero, and a larger norm gives NaN.
     z2: float [N, d], projections of the second views: row i is the positive of row i of `z1`.
     temperature: tau > 0, a Python number or a traced scalar.
     axis_name: mapped axis over which the batch is split; the negatives are then those of the global batch. None:
@@ -97,7 +98,8 @@ def info_nce(
       {\exp(\langle q_i, k_i \rangle / \tau) + \sum_j \exp(\langle q_i, n_j \rangle / \tau)}
 
   Args:
-    query: float [N, d]. Any norm from 1e-6 up is scaled to one; a zero vector stays zero.
+    query: float [N, d]. Any norm from 1e-6 to 1e19 is scaled to one; a zero vector stays zero, and a larger norm gives
+      NaN.
     key: float [N, d], scaled like `query`: row i is the positive of row i of `query`. Takes no gradient.
     queue: float [K, d], the negatives, rows of unit norm that are not normalised again, the same on every device. Takes
       no gradient. None: the negatives of a query are the other keys of the (global) batch.

@@ -125,7 +125,8 @@ def koleo_loss(x: jax.Array, *, axis_name: str | None = None, block_size: int | 
 
   Args:
     x: float [N, d], embeddings of one crop of each image: with both crops of an image in one batch they would be each
-      other's neighbours. Any norm from 1e-6 up is scaled to one; a zero vector stays zero.
+      other's neighbours. Any norm from 1e-6 to 1e19 is scaled to one; a zero vector stays zero,
+      and a larger norm gives NaN.
     axis_name: mapped axis over which the batch is split; neighbours are then looked for in the global batch. The
       official DINOv2 looks among those of the same device: leave it out for that, and average the devices' losses.
     block_size: how many rows of the [N, N] cosines exist at once. None: all of small batches, and of larger ones as

@@ -99,7 +99,9 @@ def barlow_twins_loss(
 
   def standardised(z):
     z = _centred(wide(z), axis_name)
-    return z * lax.rsqrt(_mean(jnp.square(z), axis_name) + eps)[None]
+    square = _mean(jnp.square(z), axis_name)
+    # Where it overflows, zeros would look like features that have nothing in common.
+    return z * jnp.where(square == jnp.inf, jnp.nan, lax.rsqrt(square + eps))[None]
 
   correlation = _cross(standardised(z1), standardised(z2), axis_name)
   on_diagonal = jnp.sum(jnp.square(jnp.diagonal(correlation) - 1))

@@ -14,8 +14,8 @@ def byol_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
       = \frac{1}{N} \sum_i 2 - 2 \langle \bar p_i, \bar z_i \rangle
 
   Args:
-    prediction: float [..., d], the online network's prediction. Any norm from 1e-6 up is scaled to one; a zero vector
-      stays zero.
+    prediction: float [..., d], the online network's prediction. Any norm from 1e-6 to 1e19 is scaled to one; a zero
+      vector stays zero, and a larger norm gives NaN.
     target: float [..., d], the target network's projection of the other view. Takes no gradient.
 
   Returns:
@@ -40,8 +40,8 @@ def simsiam_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
   .. math:: L = - \frac{1}{N} \sum_i \langle \bar p_i, \bar z_i \rangle
 
   Args:
-    prediction: float [..., d], the predictor's output. Any norm from 1e-6 up is scaled to one; a zero vector stays
-      zero.
+    prediction: float [..., d], the predictor's output. Any norm from 1e-6 to 1e19 is scaled to one; a zero vector stays
+      zero, and a larger norm gives NaN.
     target: float [..., d], the projection of the other view by the same network. Takes no gradient.
 
   Returns:

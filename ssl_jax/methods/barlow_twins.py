@@ -17,7 +17,7 @@ from ssl_jax.methods.base import (
   Context,
   Method,
   Monitored,
-  check_contrastive,
+  check_two_images,
   check_two_views,
   in_chunks,
   one_network,
@@ -73,7 +73,7 @@ SETTINGS = dict(
 def from_config(settings: Any, context: Context) -> Method:
   """Builds Barlow Twins as a recipe's `method` section describes it."""
   check_two_views("barlow_twins", context.views)
-  check_contrastive("barlow_twins", context.batch_size)
+  check_two_images("barlow_twins", context.batch_size)
   mlp = dict(hidden=settings.hidden, features=settings.features, kernel_init=torch_uniform)
   return barlow_twins(
     make_encoder(settings, context),

@@ -212,8 +212,8 @@ def check_two_views(name: str, views: Sequence[View]) -> None:
     raise UserError(f"{name} takes two views of one size, got sizes {sizes}.")
 
 
-def check_contrastive(name: str, batch_size: int) -> None:
-  """Raises UserError for a batch of one image, which has nothing to be compared with."""
+def check_two_images(name: str, batch_size: int) -> None:
+  """Raises UserError for a batch of one image: it has no negatives, and batch norm makes it a constant."""
   if batch_size < 2:
     raise UserError(f"{name} needs a batch of at least two images, got batch_size={batch_size}.")
 

@@ -15,7 +15,17 @@ import optax
 from flax import struct
 
 from ssl_jax.losses import byol_loss
-from ssl_jax.methods.base import Aux, Context, Method, Momentum, Monitored, check_two_views, cosine_momentum, of_encoder
+from ssl_jax.methods.base import (
+  Aux,
+  Context,
+  Method,
+  Momentum,
+  Monitored,
+  check_two_images,
+  check_two_views,
+  cosine_momentum,
+  of_encoder,
+)
 from ssl_jax.models.heads import PredictorNetwork, Projector, view_by_view, without_predictor
 from ssl_jax.settings import number, optional, size, text, whole
 
@@ -89,6 +99,7 @@ SETTINGS = dict(
 def from_config(settings: Any, context: Context) -> Method:
   """Builds BYOL as a recipe's `method` section describes it."""
   check_two_views("byol", context.views)
+  check_two_images("byol", context.batch_size)
   mlp = dict(settings.mlp, hidden_bias=True, kernel_init=haiku_init, axis_name=context.axis_name, dtype=context.dtype)
   momentum = cosine_momentum(settings.target_momentum, context.steps)
   return byol(make_encoder(settings, context), Projector(**mlp), Projector(**mlp), target_momentum=momentum)

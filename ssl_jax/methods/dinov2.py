@@ -28,7 +28,7 @@ from ssl_jax.methods.base import (
   Method,
   Momentum,
   Monitored,
-  check_contrastive,
+  check_two_images,
   cosine_momentum,
   in_chunks,
 )
@@ -274,7 +274,7 @@ SETTINGS = dict(
 
 def from_config(settings: Any, context: Context) -> Method:
   """Builds DINOv2 as a recipe's `method` section describes it."""
-  check_contrastive("dinov2", context.batch_size)
+  check_two_images("dinov2", context.batch_size)
   sizes = [view.size for view in context.views]
   if sizes[:2] != sizes[:1] * 2 or len(set(sizes)) > 2 or sizes.count(sizes[0]) != 2:
     raise UserError(f"dinov2 takes two global views of one size and local views of another, got sizes {sizes}.")

@@ -16,7 +16,7 @@ from einops import rearrange
 from ssl_jax import random_streams
 from ssl_jax.errors import UserError
 from ssl_jax.losses import lejepa_loss
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_contrastive, in_chunks, one_network
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_images, in_chunks, one_network
 from ssl_jax.models.heads import EmbeddingProjector, train_pass
 from ssl_jax.settings import number, positive, size, text, whole
 
@@ -98,7 +98,7 @@ SETTINGS = dict(
 
 def from_config(settings: Any, context: Context) -> Method:
   """Builds LeJEPA as a recipe's `method` section describes it."""
-  check_contrastive("lejepa", context.batch_size)
+  check_two_images("lejepa", context.batch_size)
   sizes = [view.size for view in context.views]
   if len(sizes) < 2 or len(set(sizes)) > 2 or sizes != sorted(sizes, key=sizes.index):
     raise UserError(f"lejepa takes two or more views, global ones of one size before local ones, got sizes {sizes}.")

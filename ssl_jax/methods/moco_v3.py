@@ -22,7 +22,7 @@ from ssl_jax.methods.base import (
   Method,
   Momentum,
   Monitored,
-  check_contrastive,
+  check_two_images,
   check_two_views,
   cosine_momentum,
   in_chunks,
@@ -99,7 +99,7 @@ def moco_v3(
 def from_config(settings: Any, context: Context) -> Method:
   """Builds MoCo v3 as a recipe's `method` section describes it."""
   check_two_views("moco v3", context.views)
-  check_contrastive("moco v3", context.batch_size)
+  check_two_images("moco v3", context.batch_size)
   # As released: every MLP ends in a batch norm without gain and offset, except for the ResNet's predictor.
   mlp = dict(hidden=settings.hidden, features=settings.features, kernel_init=torch_uniform)
   mlp |= dict(axis_name=context.axis_name, dtype=context.dtype)

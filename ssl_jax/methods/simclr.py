@@ -20,7 +20,7 @@ from ssl_jax.methods.base import (
   Context,
   Method,
   Monitored,
-  check_contrastive,
+  check_two_images,
   check_two_views,
   in_chunks,
   one_network,
@@ -83,7 +83,7 @@ SETTINGS = dict(
 def from_config(settings: Any, context: Context) -> Method:
   """Builds SimCLR as a recipe's `method` section describes it."""
   check_two_views("simclr", context.views)
-  check_contrastive("simclr", context.batch_size)
+  check_two_images("simclr", context.batch_size)
   axis_name = context.axis_name
   return simclr(
     make_encoder(settings, context),

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ssl_jax.losses import simsiam_loss
-from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_views, one_network
+from ssl_jax.methods.base import Aux, Context, Method, Monitored, check_two_images, check_two_views, one_network
 from ssl_jax.models.heads import PredictorNetwork, Projector, torch_bias, torch_uniform, view_by_view
 from ssl_jax.settings import size, text
 
@@ -47,6 +47,7 @@ SETTINGS = dict(name=text(required=True), features=size(required=True), hidden=s
 def from_config(settings: Any, context: Context) -> Method:
   """Builds SimSiam as a recipe's `method` section describes it; `hidden` is the predictor's, its bottleneck."""
   check_two_views("simsiam", context.views)
+  check_two_images("simsiam", context.batch_size)
   mlp = dict(features=settings.features, kernel_init=torch_uniform, axis_name=context.axis_name, dtype=context.dtype)
   return simsiam(
     make_encoder(settings, context),

@@ -18,7 +18,7 @@ from ssl_jax.methods.base import (
   Context,
   Method,
   Monitored,
-  check_contrastive,
+  check_two_images,
   check_two_views,
   in_chunks,
   one_network,
@@ -74,7 +74,7 @@ SETTINGS = dict(
 def from_config(settings: Any, context: Context) -> Method:
   """Builds VICReg as a recipe's `method` section describes it."""
   check_two_views("vicreg", context.views)
-  check_contrastive("vicreg", context.batch_size)
+  check_two_images("vicreg", context.batch_size)
   mlp = dict(hidden=settings.hidden, features=settings.features, kernel_init=torch_uniform)
   return vicreg(
     make_encoder(settings, context),

@@ -74,7 +74,7 @@ def _wait_for_the_end_of(path):
     if lives or (age is not None and age < first):
       raise UserError(
         f"{path.parent} is in use by another run: {who}, since {holder.get('since', 'some time')}. Wait for its end, "
-        f"or take another --workdir. If there is no such process, delete {path}."
+        f"or take another workdir. If there is no such process, delete {path}."
       )
     if age is None:
       return
