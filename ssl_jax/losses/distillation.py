@@ -185,7 +185,8 @@ def sinkhorn_knopp(
 
   From :math:`Q = e^{g / \tau}`, each iteration divides Q by its sums over the samples, so that all prototypes weigh the
   same, and then by its sums over the prototypes, so that each sample is a distribution. The official code's divisions
-  by N and K cancel. It runs on logarithms, which neither overflow nor underflow.
+  by N and K cancel. The first iteration runs on logarithms, and neither overflows nor underflows; after it no sum over
+  the samples is below 1 / NK.
 
   Args:
     logits: float [N, K], the teacher's raw logits: of both crops of all images, or of all masked patches.
@@ -213,11 +214,15 @@ def sinkhorn_knopp(
     raise ValueError(f"weights must have shape [{logits.shape[0]}], got {weights.shape}.")
   scaled = lax.stop_gradient(wide(logits) / temperature)
   real = jnp.ones((logits.shape[0], 1), bool) if weights is None else weights[:, None] != 0
-  sample = jnp.zeros_like(scaled[:, :1])
-  for _ in range(iterations):
-    prototype = _log_sum_exp(jnp.where(real, scaled - sample, -jnp.inf), axis_name)
-    sample = jax.nn.logsumexp(scaled - prototype, axis=1, keepdims=True)
-  return jnp.where(real, jnp.exp(scaled - prototype - sample), 0)
+  q = jax.nn.softmax(scaled - _log_sum_exp(jnp.where(real, scaled, -jnp.inf), axis_name), axis=1)
+  # From here on Q = q * sample * prototype, of which only the two scales change.
+  sample, prototype = real.astype(q.dtype), jnp.ones_like(q[:1])
+  with jax.default_matmul_precision("highest"):
+    for _ in range(iterations - 1):
+      used = sample.T @ q
+      prototype = 1 / (used if axis_name is None else lax.psum(used, axis_name))
+      sample = jnp.where(real, 1 / (q @ prototype.T), 0)
+  return jnp.where(real, q * sample * prototype, 0)
 
 
 def _log_sum_exp(x, axis_name):
