@@ -29,7 +29,7 @@ METHODS = {
 LOGREG = {"logreg": "all", "logreg 10 per class": "10-per-class", "logreg 1%": "1%", "logreg 10%": "10%"}
 FINETUNE = {"finetune": "all", "finetune 10%": "10%"}
 COLUMNS = ("knn", *LOGREG, "linear", *FINETUNE)
-PENALTIES = "--C=0.001,0.01,0.1,1,10"
+PENALTIES = "--C=0.003,0.03,0.3"
 
 
 def commands(method, seed, column, folder, pixels=True):
