@@ -1,4 +1,4 @@
-"""Imports modules of ours that may need more than the core dependencies, and says which extra brings what is missing."""
+"""Imports modules of ours that may need more than the core dependencies; says which extra brings what is missing."""
 
 import importlib
 import importlib.util
