@@ -50,13 +50,19 @@ optimizer = ssl_jax.optim.sgd(lambda _: 0.1, mask=True)
 start = call(ssl_jax.training.make_init(method, optimizer, views, channels=1, seed=0))
 step = ssl_jax.training.make_step(method, optimizer, views, seed=0)
 images = rng.integers(0, 256, (4, 8, 8, 1), np.uint8)
-state, metrics = call(jax.vmap(step, axis_name="batch", in_axes=(None, 0)), start, {"image": images[None]})
+batch = {"image": images[None]}
+if compiled:  # an optimizer and the monitors, which take as long again to trace as the gradient
+  state, metrics = call(jax.vmap(step, axis_name="batch", in_axes=(None, 0)), start, batch)
+  assert state.step == 1 and metrics["update_norm"] > 0
+else:
+  gradient, _ = call(jax.vmap(step.gradient, axis_name="batch", in_axes=(None, 0)), start, batch)
+  assert gradient["encoder"].keys() == start.params["encoder"].keys()
 variables = {"params": start.params["encoder"]}
 features = call(functools.partial(encoder.apply, train=False), variables, images / np.float32(255))
 shares = call(functools.partial(ssl_jax.knn_predict, k=1, num_classes=4), features, np.arange(4), features)
-assert (loss.shape, metrics["loss"].shape, features.shape, shares.shape) == ((), (1,), (4, 4), (4, 4))
+assert (loss.shape, features.shape, shares.shape) == ((), (4, 4), (4, 4))
 if compiled:
-  assert np.isfinite(loss) and state.step == 1 and metrics["update_norm"] > 0
+  assert np.isfinite(loss)
   np.testing.assert_array_equal(shares, np.eye(4))
   assert ssl_jax.convert.to_torch(variables)
   assert ssl_jax.logistic_regression(np.asarray(features), np.arange(4), C=1.0).gap < 1e-2
