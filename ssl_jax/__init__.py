@@ -2,11 +2,13 @@
 
 What a user may import is listed here; everything else is reached by its module: `ssl_jax.convert`, `ssl_jax.optim`,
 `ssl_jax.models.resnet`. Importing `ssl_jax` or `ssl_jax.losses` loads nothing that `import jax` does not load: a name
-that needs more, such as flax, loads it when it is first asked for (PEP 562).
+that needs more, such as flax, loads it when it is first asked for (PEP 562). A few names, such as `read_image`, need
+packages that `pip install "ssl_jax[train]"` brings; without them they end in a line that says so.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from ssl_jax import extras
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
   from ssl_jax.augment import View as View
@@ -49,6 +51,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
   from ssl_jax.methods.vicreg import vicreg as vicreg
   from ssl_jax.restore import restore_encoder as restore_encoder
   from ssl_jax.weights.load import load_weights as load_weights
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 _HOMES = {  # the module of each name
   "Aux": "methods.base",
@@ -108,9 +112,9 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> Any:
   if name in _HOMES:
-    value = getattr(importlib.import_module(f"ssl_jax.{_HOMES[name]}"), name)
+    value = getattr(extras.load(_HOMES[name], f"ssl_jax.{name}", "train"), name)
   elif name in _MODULES:
-    value = importlib.import_module(f"ssl_jax.{name}")
+    value = extras.load(name, f"ssl_jax.{name}", "train")
   else:
     raise AttributeError(f"module 'ssl_jax' has no attribute {name!r}")
   globals()[name] = value  # asked for once

@@ -13,10 +13,21 @@
 python -m ssl_jax COMMAND --help tells what a command takes.
 """
 
-import importlib
 import sys
 
-COMMANDS = ("check", "prepare", "show", "judge", "export", "embed", "neighbours", "duplicates", "report")
+from ssl_jax import extras
+
+COMMANDS = {  # the extra of pyproject.toml that brings what each imports
+  "check": "train",
+  "prepare": "train",
+  "show": "train",
+  "judge": "eval",
+  "export": "export",
+  "embed": "eval",
+  "neighbours": "eval",
+  "duplicates": "eval",
+  "report": "train",
+}
 
 
 def main() -> int:
@@ -27,8 +38,13 @@ def main() -> int:
   if name not in COMMANDS:
     print(f"python -m ssl_jax: error: there is no command {name!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
     return 2
+  try:
+    command = extras.load(f"commands.{name}", name, COMMANDS[name])
+  except extras.MissingPackage as error:
+    print(f"python -m ssl_jax: error: {error}", file=sys.stderr)
+    return 1
   sys.argv = [f"python -m ssl_jax {name}", *sys.argv[2:]]
-  return importlib.import_module(f"ssl_jax.commands.{name}").main() or 0
+  return command.main() or 0
 
 
 if __name__ == "__main__":
