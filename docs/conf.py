@@ -1,0 +1,53 @@
+"""How Sphinx makes a site of these pages and of the docstrings: sphinx-build -W docs SITE."""
+
+import pathlib
+import sys
+
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+project = "ssl_jax"
+copyright = "the authors of ssl_jax; Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # links to headings are written as GitHub writes them
+default_role = "code"  # in docstrings `x` is code
+suppress_warnings = ["ref.python"]  # names of attributes that several classes have
+highlight_options = {"python": {"stripnl": True}}  # parts of files end in blank lines
+
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 90
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a class's attributes are in its docstring, as a list
+
+html_theme = "furo"
+html_title = "ssl_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_show_sourcelink = False
+
+
+def setup(app):
+  app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or is_field(member))
+  app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
+
+
+def is_field(member):
+  """Whether it is a field of a NamedTuple, which the docstring of its class describes."""
+  return str(getattr(member, "__doc__", "")).startswith("Alias for field number")
+
+
+# Formulas become MathML, which browsers draw themselves: the site loads nothing from elsewhere.
+def inline_formula(writer, node):
+  writer.body.append(tex2mathml(node.astext()))
+  raise SkipNode
+
+
+def formula(writer, node):
+  writer.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
+  raise SkipNode
