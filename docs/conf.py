@@ -1,6 +1,7 @@
 """How Sphinx makes a site of these pages and of the docstrings: sphinx-build -W docs SITE."""
 
 import pathlib
+import re
 import sys
 
 from docutils.nodes import SkipNode
@@ -22,6 +23,7 @@ highlight_options = {"python": {"stripnl": True}}  # parts of files end in blank
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 90
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False
 napoleon_use_ivar = True  # a class's attributes are in its docstring, as a list
 
 html_theme = "furo"
@@ -34,6 +36,7 @@ html_show_sourcelink = False
 
 def setup(app):
   app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or is_field(member))
+  app.connect("autodoc-process-signature", signature)
   app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
 
 
@@ -42,12 +45,25 @@ def is_field(member):
   return str(getattr(member, "__doc__", "")).startswith("Alias for field number")
 
 
+def signature(app, what, name, member, options, given, returned):
+  """A protocol is made by nobody: its `__call__` has the signature."""
+  return ("", None) if getattr(member, "_is_protocol", False) else None
+
+
 # Formulas become MathML, which browsers draw themselves: the site loads nothing from elsewhere.
+def mathml(node, **settings):
+  text = tex2mathml(node.astext(), **settings)
+  # Docutils lets these stretch to the height of the whole line, and puts an accented letter's index below the letter.
+  text = re.sub(r"<mo( class=.\w+.)?>(?=[\u2016\u27e8\u27e9])", r'<mo\1 stretchy="false">', text)
+  accented = r"<munderover>\s*(<mi>\w</mi>)(.*?)(<mo stretchy=.false.>[\u02c9\u02c6]</mo>)\s*</munderover>"
+  return re.sub(accented, r"<msub><mover>\1\3</mover>\2</msub>", text, flags=re.DOTALL)
+
+
 def inline_formula(writer, node):
-  writer.body.append(tex2mathml(node.astext()))
+  writer.body.append(mathml(node))
   raise SkipNode
 
 
 def formula(writer, node):
-  writer.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
+  writer.body.append(f'<div class="formula">{mathml(node, as_block=True)}</div>')
   raise SkipNode
