@@ -1,9 +1,11 @@
 """How Sphinx makes a site of these pages and of the docstrings: sphinx-build -W docs SITE."""
 
+import dataclasses
 import pathlib
 import re
 import sys
 
+import flax.linen as nn
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 
@@ -35,19 +37,33 @@ html_show_sourcelink = False
 
 
 def setup(app):
-  app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or is_field(member))
+  app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or is_field(name, member))
   app.connect("autodoc-process-signature", signature)
+  app.connect("autodoc-process-docstring", join_names, priority=600)  # after Napoleon
   app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
 
 
-def is_field(member):
-  """Whether it is a field of a NamedTuple, which the docstring of its class describes."""
-  return str(getattr(member, "__doc__", "")).startswith("Alias for field number")
+def is_field(name, member):
+  """Whether it is a field of a NamedTuple or module, which the docstring of its class describes."""
+  if str(getattr(member, "__doc__", "")).startswith("Alias for field number"):
+    return True
+  return name in ("dtype", "setup") or name.endswith("_init")
 
 
 def signature(app, what, name, member, options, given, returned):
-  """A protocol is made by nobody: its `__call__` has the signature."""
+  """A module's fields with their plain defaults; nothing for a protocol, whose `__call__` has the signature."""
+  if what == "class" and issubclass(member, nn.Module):
+    own = [x for x in dataclasses.fields(member) if x.name not in ("parent", "name")]
+    plain = [f"={x.default!r}" if isinstance(x.default, str | int | float | None) else "" for x in own]
+    return f"({', '.join(x.name + default for x, default in zip(own, plain, strict=True))})", None
   return ("", None) if getattr(member, "_is_protocol", False) else None
+
+
+def join_names(app, what, name, member, options, lines):
+  """Several attributes of one description: Sphinx would take the first for the type of the last."""
+  for i, line in enumerate(lines):
+    if found := re.match(r":ivar (\w+(?:, \w+)+):", line):
+      lines[i] = line.replace(found[1], found[1].replace(" ", ""))
 
 
 # Formulas become MathML, which browsers draw themselves: the site loads nothing from elsewhere.
