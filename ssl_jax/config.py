@@ -159,7 +159,7 @@ def copies(count: int, view: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def views(config: Any) -> tuple[augment.View, ...]:
-  """The recipe's views as `augment.View`s."""
+  """The recipe's views, each an `augment.View`."""
   return tuple(augment.View(**_with_tuples(view)) for view in config.views)
 
 

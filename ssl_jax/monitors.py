@@ -22,13 +22,14 @@ def measure(embedding: jax.Array, marginal: jax.Array | None = None) -> dict[str
 
   Returns:
     float32 scalars:
-    "feature_std": mean over dimensions of the standard deviation of the unit vectors, times sqrt(d): about 1 where they
-      spread evenly, 0 where all are one point;
-    "effective_rank": (sum of eigenvalues)^2 / sum of their squares of the covariance of at most 256 rows, from their
+
+    - "feature_std": mean over dimensions of the standard deviation of the unit vectors, times sqrt(d): about 1 where
+      they spread evenly, 0 where all are one point;
+    - "effective_rank": (sum of eigenvalues)^2 / sum of their squares of the covariance of at most 256 rows, from their
       Gram matrix without an eigendecomposition: between 1 and min(d, rows - 1);
-    "alignment": mean squared distance of an example's two views, 0 to 4; absent for one view;
-    "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point;
-    "marginal_entropy": of `marginal`, as a share of log K: near 0 all images are assigned to one prototype, which
+    - "alignment": mean squared distance of an example's two views, 0 to 4; absent for one view;
+    - "uniformity": log of the mean of exp(-2 distance^2) over pairs of the same rows, 0 where all are one point;
+    - "marginal_entropy": of `marginal`, as a share of log K: near 0 all images are assigned to one prototype, which
       neither the loss nor a k-NN shows; absent without `marginal`.
   """
   z = embedding.astype(jnp.float32)

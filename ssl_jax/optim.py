@@ -125,7 +125,7 @@ def lars(
 ) -> optax.GradientTransformation:
   """LARS (You et al., 2017, arXiv:1708.03888), in both forms of the official codes.
 
-  With g' = g + weight_decay p and ratio = trust_coefficient |p| / |g'| (1 where either norm is 0):
+  With g' = g + weight_decay p and `ratio = trust_coefficient |p| / |g'|` (1 where either norm is 0):
   inside (SimCLR, lars_optimizer.py): v = momentum v + lr ratio g', p -= v;
   outside (BYOL, MoCo v3, MAE's probe, DINO): v = momentum v + ratio g', p -= lr v.
   They differ while the learning rate changes.

@@ -25,7 +25,8 @@ TEXT = (ROOT / "README.md").read_text()
 PODS = (ROOT / "docs" / "pods.md").read_text()
 LOGGING = (ROOT / "docs" / "logging.md").read_text()
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
-PAGES = "\n".join([TEXT, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts]
+PAGES = "\n".join([TEXT, *(path.read_text().replace("../", "") for path in DOCS)])  # paths as from the root
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL) for kind in ("bash", "python")}
 COMMANDS = [command.strip() for block in BLOCKS["bash"] for line in block.splitlines() for command in line.split("&&")]
 SMALL = "--config.data.split=train[:512] --config.data.test_split=test[:200] --config.stop_after_steps=2"

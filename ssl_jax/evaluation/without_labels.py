@@ -14,7 +14,7 @@ _BLOCK = 1024  # rows whose distances are computed at once
 def rankme(features: ArrayLike) -> jax.Array:
   r"""RankMe, a smooth count of the directions that features use (Garrido et al., 2023, arXiv:2210.02885, equation 1).
 
-  .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \quad p_k = \frac{\sigma_k}{\sum_j \sigma_j} + 10^{-7}
+  .. math:: \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \quad p_k = \frac{\sigma_k}{\sum_j \sigma_j} + 10^{-7}
 
   of the singular values :math:`\sigma` of the features as they are, neither centred nor normalised.
 
@@ -35,7 +35,7 @@ def rankme(features: ArrayLike) -> jax.Array:
 def effective_rank(features: ArrayLike) -> jax.Array:
   r"""The participation ratio of the covariance of the unit vectors, as the monitor of training of that name.
 
-  .. math:: \Big(\sum_k \lambda_k\Big)^2 \Big/ \sum_k \lambda_k^2
+  .. math:: \Bigl(\sum_k \lambda_k\Bigr)^2 / \sum_k \lambda_k^2
 
   of the eigenvalues :math:`\lambda`. Large ones count more than in RankMe, which small ones fill up.
 

@@ -29,7 +29,7 @@ def sigreg(
   With :math:`x_n = \langle z_n, a \rangle` for a direction a, and :math:`\varphi(t) = e^{-t^2 / 2}`:
 
   .. math:: L = \frac{1}{K} \sum_a N \int_{-t_{max}}^{t_{max}}
-      \Big| \frac{1}{N} \sum_n e^{i t x_n} - \varphi(t) \Big|^2 \varphi(t) \, dt
+      \Bigl| \frac{1}{N} \sum_n e^{i t x_n} - \varphi(t) \Bigr|^2 \varphi(t) \, dt
 
   by the trapezoidal rule. The integrand is even: `knots` points on [0, t_max] do, of which the inner ones count twice.
 

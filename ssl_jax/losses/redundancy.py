@@ -22,8 +22,8 @@ def vicreg_loss(
   With C(z) the unbiased covariance of a view's features:
 
   .. math:: L = \frac{\lambda}{N d} \sum_n \lVert z_n - z'_n \rVert^2
-      + \sum_{Z \in \{z, z'\}} \Big[ \frac{\mu}{2 d} \sum_j \max(0, 1 - \sqrt{C(Z)_{jj} + \epsilon})
-      + \frac{\nu}{d} \sum_{i \neq j} C(Z)_{ij}^2 \Big]
+      + \sum_{Z \in \{z, z'\}} \Bigl[ \frac{\mu}{2 d} \sum_j \max(0, 1 - \sqrt{C(Z)_{jj} + \epsilon})
+      + \frac{\nu}{d} \sum_{i \neq j} C(Z)_{ij}^2 \Bigr]
 
   The mean over d in the first term and the half in the second are the official code's; the paper's equations lack them.
 

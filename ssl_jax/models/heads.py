@@ -138,7 +138,7 @@ class DINOHead(nn.Module):
 
 
 class Prototypes(nn.Module):
-  """A linear layer without bias whose columns are g v / |v| (PyTorch's weight_norm)."""
+  """A linear layer without bias whose columns are `g v / |v|` (PyTorch's weight_norm)."""
 
   features: int
   train_gain: bool
