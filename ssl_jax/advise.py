@@ -53,8 +53,13 @@ def on_images(config: Any, data: DataFacts) -> list[str]:
 
 
 def on_recipe(config: Any) -> list[str]:
-  """A line where a folder is given to a recipe for the built-in images."""
-  if config.data.get("folder") and config.data.name.startswith("fashion_mnist") and config.data.channels == 1:
+  """A line where a folder is given to a recipe for the built-in images, unless weights are adapted to the folder."""
+  if (
+    config.data.get("folder")
+    and not config.init_from
+    and config.data.name.startswith("fashion_mnist")
+    and config.data.channels == 1
+  ):
     return ["this recipe is for the built-in Fashion-MNIST; for a folder: --config=configs/own_images.py"]
   return []
 

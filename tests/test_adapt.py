@@ -100,3 +100,7 @@ def test_without_labels_the_latest_state_that_keeps_its_rank_is_the_best(tmp_pat
   assert 0.98 < rows[1]["start_cosine"] < 1 and rows[2]["start_rank"] < 0.5
   assert [row["guard"] for row in rows] == [0, 10, -1] and guard.best_step(rows) == 10
   assert guard.in_words(rows)[1] == "restore_encoder and every evaluation take step 10"
+  equal = [row | {"knn_top1": 90.0, "guard": 90.0} for row in rows]
+  assert guard.in_words(equal)[1].startswith(
+    "no state was better than the start, and of equal ones the latest counts: "
+  )

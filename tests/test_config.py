@@ -274,6 +274,7 @@ def test_no_key_of_any_recipe_takes_a_bad_value_and_each_is_told_by_its_name(pat
     ("quickstart", "data.folder", "", "data.folder must be a string that is not empty, or none, got ''"),
     ("quickstart", "microbatch", 48, "batch_size=128 is not a multiple of microbatch=48"),
     ("dino_quickstart", "method.head.prototypes", 1, "method.head.prototypes must be a whole number, at least 2"),
+    ("dinov2_quickstart", "method.mask_ratios", (0.5, 0.1), "must be two numbers in [0, 1], the lower one first, got"),
     ("dino_quickstart", "method.center_momentum", 2, "method.center_momentum must be a number in [0, 1], got 2"),
     ("mae_quickstart", "encoder.heads", 5, "encoder.heads=5 does not divide encoder.dim=96"),
     ("mae_quickstart", "encoder.patch_size", 5, "encoder.patch_size=5 does not divide views[0].size=28"),
@@ -290,6 +291,18 @@ def test_a_wrong_value_is_told_with_what_holds(name, key, value, text):
 def test_one_image_is_no_batch_where_batch_norm_would_make_it_a_constant(name):
   with pytest.raises(UserError, match="needs a batch of at least two images, got batch_size=1"):
     build.method_of(with_value(recipe(by_name(name)), "batch_size", 1), 10, 1)
+
+
+@pytest.mark.parametrize(
+  "key, value, text",
+  [
+    ("method.mask_share", 0.005, "mask_share=0.005 of 128 global crops masks none"),
+    ("method.mask_ratios", (0.0, 0.02), r"mask_ratios=\(0.0, 0.02\) of 49 patches mask none"),
+  ],
+)
+def test_a_share_of_masks_that_rounds_to_none_is_told(key, value, text):
+  with pytest.raises(UserError, match=text):
+    build.method_of(with_value(recipe(by_name("dinov2_quickstart")), key, value), 10, 1)
 
 
 def test_all_wrong_keys_are_told_at_once_a_line_each_and_what_is_missing_too():

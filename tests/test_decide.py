@@ -262,6 +262,8 @@ def test_other_recipes_are_told_what_does_not_suit_them():
   assert advise.on_recipe(quick) == []
   quick.data.folder = "D"
   assert "--config=configs/own_images.py" in advise.on_recipe(quick)[0]
+  quick.init_from = "weights"  # which that recipe would not adapt
+  assert advise.on_recipe(quick) == []
   (line,) = advise.on_data(quick, facts())
   assert "data.channels=1: 10 of 10 images" in line and "--config.data.channels=3" in line
   cifar = recipe("simclr_cifar10")

@@ -305,8 +305,12 @@ def test_images_without_a_label_have_features_and_those_unreadable_are_left_out(
     (np.full((2, 28, 28, 1), 255.0), ValueError, r"must be in \[0, 1\], got 255.0 to 255.0: divide by 255"),
     (np.full((2, 28, 28, 1), np.nan), ValueError, r"must be in \[0, 1\], got nan"),
     (np.zeros((2, 28, 28, 3), np.uint8), ValueError, r"number of channels, 1, got \[28, 28, 3\]"),
-    (np.zeros((28, 28, 1), np.uint8), ValueError, r"\[n, H, W, C\] or a list of \[H, W, C\], got one of \[28, 1\]"),
-    ([np.zeros((0, 28, 1), np.uint8)], ValueError, r"got one of \[0, 28, 1\]"),
+    (
+      np.zeros((28, 28, 1), np.uint8),
+      ValueError,
+      r"\[n, H, W, C\] or a list of \[H, W, C\], got one image of \[28, 1\]",
+    ),
+    ([np.zeros((0, 28, 1), np.uint8)], ValueError, r"got one image of \[0, 28, 1\]"),
   ],
 )
 def test_images_that_are_none_are_refused(old_run, images, error, text):

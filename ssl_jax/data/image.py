@@ -211,13 +211,14 @@ def as_pixels(image: Any, channels: int) -> np.ndarray:
   if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
     raise TypeError(f"images must be uint8, or floating point in [0, 1], got {pixels.dtype}.")
   if pixels.ndim != 3 or not pixels.size:
-    raise ValueError(f"images must be [n, H, W, C] or a list of [H, W, C], got one of {list(pixels.shape)}.")
+    raise ValueError(f"images must be [n, H, W, C] or a list of [H, W, C], got one image of {list(pixels.shape)}.")
   if pixels.shape[-1] != channels:
     raise ValueError(f"images must have the run's number of channels, {channels}, got {list(pixels.shape)}.")
   if pixels.dtype == np.uint8:
     return pixels
   if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
-    raise ValueError(f"images of floats must be in [0, 1], got {pixels.min()} to {pixels.max()}: divide by 255?")
+    scaled = ": divide by 255?" if 1 < pixels.max() <= 255 else "."
+    raise ValueError(f"images of floats must be in [0, 1], got {pixels.min()} to {pixels.max()}{scaled}")
   return np.rint(pixels * 255).astype(np.uint8)
 
 

@@ -72,5 +72,8 @@ def in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
       f"effective rank {100 * least:.0f} % of the start's at the least, {100 * last['start_rank']:.0f} % at the end"
     )
   told += f"; cosine to the start {last['start_cosine']:.3f} at the end"
+  start = judged[0]
   outcome = "the start was best, and this training made the features worse: " if best == 0 else ""
+  if best != 0 and "knn_top1" in last and by_step[best] == start["knn_top1"]:
+    outcome = "no state was better than the start, and of equal ones the latest counts: "
   return [told, f"{outcome}restore_encoder and every evaluation take step {best}"]

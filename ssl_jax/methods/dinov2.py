@@ -34,7 +34,7 @@ from ssl_jax.methods.base import (
 )
 from ssl_jax.models.heads import DINOHead
 from ssl_jax.models.vit import ViT
-from ssl_jax.settings import each, number, one_of, size, temperature, text, weight, whole
+from ssl_jax.settings import number, one_of, size, span, temperature, text, weight, whole
 
 
 @struct.dataclass
@@ -266,10 +266,19 @@ SETTINGS = dict(
   patch_weight=weight(),
   koleo_weight=weight(),
   mask_share=number(0, 1, ends="(]"),
-  mask_ratios=each(number(0, 1), (2,)),
+  mask_ratios=span(0, 1),
   head=_HEAD,
   patch_head=_HEAD,  # without keys: the patches share the class tokens' head
 )
+
+
+def check_masks(settings: Any, crops: int, patches: int) -> None:
+  """Raises UserError for settings under which no patch can be masked: the loss of the patches would be 0 for ever."""
+  share, ratios = settings.get("mask_share", 0.5), settings.get("mask_ratios", (0.1, 0.5))
+  if int(share * crops) == 0:
+    raise UserError(f"method.mask_share={share} of {crops} global crops masks none: take a larger share or batch.")
+  if int(ratios[1] * patches) == 0:
+    raise UserError(f"method.mask_ratios={tuple(ratios)} of {patches} patches mask none: take larger ones.")
 
 
 def from_config(settings: Any, context: Context) -> Method:
@@ -278,6 +287,8 @@ def from_config(settings: Any, context: Context) -> Method:
   sizes = [view.size for view in context.views]
   if sizes[:2] != sizes[:1] * 2 or len(set(sizes)) > 2 or sizes.count(sizes[0]) != 2:
     raise UserError(f"dinov2 takes two global views of one size and local views of another, got sizes {sizes}.")
+  encoder = make_encoder(settings, context)
+  check_masks(settings, 2 * context.batch_size, (sizes[0] // encoder.patch_size) ** 2)
   start, end = settings.teacher_temperature_start, settings.teacher_temperature
   warm = round(settings.teacher_temperature_warmup_epochs * context.steps_per_epoch)
 
@@ -288,7 +299,7 @@ def from_config(settings: Any, context: Context) -> Method:
   head = functools.partial(DINOHead, train_gain=True, dtype=context.dtype)
   optional = ("center_momentum", "patch_weight", "koleo_weight", "mask_share", "mask_ratios")
   return dinov2(
-    make_encoder(settings, context).clone(mask_token=True, norm_dtype=wide),
+    encoder.clone(mask_token=True, norm_dtype=wide),
     head(**settings.head),
     head(**settings.patch_head) if settings.patch_head else None,
     teacher_temperature=teacher_temperature,
