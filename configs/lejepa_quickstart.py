@@ -11,7 +11,7 @@ from ssl_jax import config as configs
 
 def get_config():
   config = configs.base()
-  config.epochs = 10
+  config.epochs = 4
   config.batch_size = 128
   config.data.name = "fashion_mnist_mini"
   config.data.channels = 1
@@ -23,5 +23,5 @@ def get_config():
   config.lr = dict(base=1e-3, scaling="none", warmup_epochs=1.0, end=1e-6)
   config.no_decay = ()
   config.log_every_steps = 93
-  config.eval_every_epochs = 2
+  config.eval_every_epochs = 1
   return config
