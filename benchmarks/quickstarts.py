@@ -29,7 +29,8 @@ METHODS = {
 LOGREG = {"logreg": "all", "logreg 10 per class": "10-per-class", "logreg 1%": "1%", "logreg 10%": "10%"}
 FINETUNE = {"finetune": "all", "finetune 10%": "10%"}
 COLUMNS = ("knn", *LOGREG, "linear", *FINETUNE)
-PENALTIES = "--C=0.003,0.03,0.3"
+# Of few and small features (DINO's, MAE's) larger C are the best; of thousands they take minutes each.
+FEW, MANY = "--C=0.1,1,10,100", "--C=0.003,0.03,0.3"
 
 
 def commands(method, seed, column, folder, pixels=True):
@@ -41,7 +42,8 @@ def commands(method, seed, column, folder, pixels=True):
   if column in LOGREG:
     labels = LOGREG[column]
     name = "linear.json" if labels == "all" else f"linear_labels-{labels.replace('%', 'pct')}.json"
-    command = f"eval_linear.py --workdir={run} {PENALTIES} --labels={labels} --cache{'' if pixels else ' --nopixels'}"
+    penalties = FEW if method in ("dino", "mae") else MANY
+    command = f"eval_linear.py --workdir={run} {penalties} --labels={labels} --cache{'' if pixels else ' --nopixels'}"
     return [train, (command, run / name)]
   if column == "linear":
     recipe = f"--config=configs/linear.py:{method} --config.batch_size=256 --config.epochs=10"
