@@ -229,12 +229,13 @@ def _batch(data, device, config, settle):
 
   settle(r"batch_size", batch)
   size = config.batch_size // parts
-  group = size if size <= GROUP else math.gcd(size, GROUP)
+  group = _divisor(size, GROUP)
+  group = group if group >= min(size, GROUP // 4) else size  # a batch of 67 has no smaller group
   why = "normalised together on any device, by any microbatch"
   settle(r"(encoder|method\.\w+)\.bn_group_size", lambda key: (group, why))
-  half = max(1, min(group, size // 2, 32))
+  half = _divisor(size, min(size // 2, 32))
   several = "keys are shuffled between groups: there must be several"
-  alone = "each image is normalised by itself: give more images" if half == 1 else several
+  alone = "each image is normalised by itself: take another batch_size" if half == 1 else several
   settle(r"method\.bn_group_size", lambda key: (half, alone))
 
   def queue(key):
@@ -244,6 +245,11 @@ def _batch(data, device, config, settle):
     return length, "keys of at most a third of the images: a longer queue would hold keys of the query's own image"
 
   settle(r"method\.queue_size", queue)
+
+
+def _divisor(size, most):
+  """The largest divisor of `size` that is at most `most`; 1 where that is 0."""
+  return max(n for n in range(1, max(most, 1) + 1) if size % n == 0)
 
 
 def _length(data, device, config, settle):

@@ -89,6 +89,9 @@ def test_the_decisions_follow_the_images_and_the_device():
   vit = decided(facts(), GPU, "dino_vit")
   assert [view["size"] for view in vit.views] == [128, 128, 48, 48] and vit.encoder.patch_size == 16
   assert decided(facts(), CPU, "moco").method.bn_group_size == 32
+  for batch, groups in ((33, (33, 11)), (64, (64, 32)), (99, (33, 11)), (250, (50, 25)), (134, (134, 2)), (5, (5, 1))):
+    got = [decided(facts(), CPU, version, batch_size=batch) for version in ("simclr", "moco")]
+    assert (got[0].encoder.bn_group_size, got[1].method.bn_group_size) == groups
   few = decide.decide(facts(images=3), CPU, recipe("own_images", "moco"))[1]
   reasons = {line.key: line.reason for line in few}
   assert "normalised by itself" in reasons["method.bn_group_size"] and "one batch" in reasons["method.queue_size"]
