@@ -191,7 +191,8 @@ def test_a_sharded_state_gives_the_same_steps_in_a_part_of_the_memory(name, mesh
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
   for a, b in zip(rows, want_rows, strict=True):
     assert a.keys() == b.keys()
-    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+    # DINO's loss, here 0.09, is the difference of sums near log K = 3.5, and has their rounding.
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6, atol=3e-6)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
   run = build.run(config)
   whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.state))
