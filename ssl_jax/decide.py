@@ -241,7 +241,7 @@ def _batch(data, device, config, settle):
   def queue(key):
     length = min(65_536, 2 ** int(math.log2(max(data.images / 3, config.batch_size))))
     if length > data.images / 3:
-      return length, "one batch, the least: with so few images it holds keys of the query's own image"
+      return length, "about one batch: with so few images it holds keys of the query's own image"
     return length, "keys of at most a third of the images: a longer queue would hold keys of the query's own image"
 
   settle(r"method\.queue_size", queue)

@@ -85,19 +85,27 @@ def test_a_ruined_encoder_is_told_and_the_start_handed_back(weights, tmp_path, m
   jax.tree.map(np.testing.assert_array_equal, restored.variables["params"], start)
 
 
+def cosine(x, y):
+  return np.mean(np.sum(x * y, axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1))
+
+
 def test_without_labels_the_latest_state_that_keeps_its_rank_is_the_best(tmp_path):
   rng = np.random.default_rng(0)
   wide = rng.normal(size=(64, 16)).astype(np.float32)
   thin = wide * np.array([1.0] * 2 + [0.01] * 14, np.float32) + 1
-  given = iter([wide, wide + 0.1 * rng.normal(size=wide.shape).astype(np.float32), thin])
-  extractor = types.SimpleNamespace(all=lambda *_: Features(next(given), None, None))
+  near = wide + 0.1 * rng.normal(size=wide.shape).astype(np.float32)
+  given = iter(
+    [(wide, np.arange(64)), (near[1:], np.arange(1, 64)), (thin, np.arange(64))]
+  )  # once the first is unreadable
+  extractor = types.SimpleNamespace(all=lambda *_: Features((got := next(given))[0], None, got[1]))
   method = types.SimpleNamespace(encoder=lambda *_: None)
-  images = types.SimpleNamespace(thinned=lambda count: None)
+  images = types.SimpleNamespace(thinned=lambda count: range(64))
   run = types.SimpleNamespace(method=method, extractor=extractor, train_set=images)
   state = types.SimpleNamespace(params=None, state=None)
   rows = [{"step": step} | guard.measure(run, state, step, tmp_path, None) for step in (0, 10, 20)]
   assert rows[0]["start_cosine"] == pytest.approx(1, abs=1e-6) and rows[0]["start_rank"] == 1
   assert 0.98 < rows[1]["start_cosine"] < 1 and rows[2]["start_rank"] < 0.5
+  np.testing.assert_allclose(rows[1]["start_cosine"], cosine(near[1:], wide[1:]), rtol=1e-5)
   assert [row["guard"] for row in rows] == [0, 10, -1] and guard.best_step(rows) == 10
   assert guard.in_words(rows)[1] == "restore_encoder and every evaluation take step 10"
   equal = [row | {"knn_top1": 90.0, "guard": 90.0} for row in rows]

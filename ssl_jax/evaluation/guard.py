@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import monitors
+from ssl_jax.errors import UserError
 from ssl_jax.run import cluster, whole
 from ssl_jax.training import TrainState
 
@@ -26,20 +27,29 @@ def measure(
   """What an evaluation's row says beside the k-NN. All processes come here.
 
   "start_cosine" is the mean cosine of features to those of the same images at step 0, which are kept in
-  WORKDIR/start_features.npy; "start_rank" is the effective rank as a share of that at step 0. "guard" is by what states
-  are compared: the k-NN's top-1; without labels the step where the rank is at least half of the start's, else -1.
+  WORKDIR/start_features.npy, a row an image, NaN where it could not be read; "start_rank" is the effective rank as a
+  share of that at step 0. "guard" is by what states are compared: the k-NN's top-1; without labels the step where the
+  rank is at least half of the start's, else -1.
   """
   variables = run.method.encoder(train.params, train.state)
-  now = run.extractor.all(variables, run.train_set.thinned(IMAGES)).features
+  images = run.train_set.thinned(IMAGES)
+  found = run.extractor.all(variables, images)
   if not cluster.is_main():  # which alone writes rows
     return {}
   path = workdir / "start_features.npy"
+  now = np.full((len(images), found.features.shape[1]), np.nan, np.float32)
+  now[found.indices] = found.features
   if step == 0:
     held = io.BytesIO()  # NumPy writes a file itself past Python, and of a full disk only says how much it wrote
     np.save(held, now)
     with whole.file(path) as scratch:
       scratch.write_bytes(held.getvalue())
-  start = np.load(path)
+  try:
+    start = np.load(path)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path}, with which this run compares its features, is gone or damaged: begin anew.") from error
+  both = np.isfinite(now[:, 0]) & np.isfinite(start[:, 0])  # readable then and now
+  now, start = now[both], start[both]
   norms = np.linalg.norm(now, axis=1) * np.linalg.norm(start, axis=1)
   cosine = np.mean(np.sum(now * start, axis=1) / np.maximum(norms, 1e-12))
   rank, at_start = (float(jax.jit(monitors.measure)(jnp.asarray(x)[:, None])["effective_rank"]) for x in (now, start))
