@@ -116,6 +116,7 @@ X, Y = np.random.default_rng(0).normal(size=(6, 3)), np.array([0, 1, 0, 1, 2, 2]
     (dict(labels=Y - 1), ValueError, r"labels must be in \[0, 2\), got -1 to 1"),
     (dict(num_classes=2), ValueError, r"labels must be in \[0, 2\), got 0 to 2"),
     (dict(labels=Y * 0), ValueError, "num_classes must be at least 2, got 1"),
+    (dict(labels=Y * 0 + 1), ValueError, "labels must be of at least two classes, all are 1"),
     (dict(C=0.0), ValueError, "C must be positive and finite, .* got 0.0"),
     (dict(C=[1.0, np.nan]), ValueError, "C must be positive and finite"),
     (dict(C=[]), ValueError, "C must be positive"),

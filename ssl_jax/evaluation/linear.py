@@ -83,6 +83,8 @@ def logistic_regression(
     raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
   if y.min() < 0 or y.max() >= num_classes:
     raise ValueError(f"labels must be in [0, {num_classes}), got {y.min()} to {y.max()}.")
+  if y.min() == y.max():  # the intercepts would grow for ever
+    raise ValueError(f"labels must be of at least two classes, all are {y.min()}.")
   if penalties.dtype.kind not in "iuf":
     raise TypeError(f"C must be a number or an array of numbers, got {C!r}.")
   if penalties.ndim != 1 or not penalties.size or not (np.isfinite(penalties) & (penalties > 0)).all():
