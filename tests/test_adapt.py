@@ -1,5 +1,6 @@
 """Going on from good features: heads first, the guard, the best state handed back; killed and resumed bit for bit."""
 
+import pathlib
 import runpy
 import types
 
@@ -94,9 +95,8 @@ def test_without_labels_the_latest_state_that_keeps_its_rank_is_the_best(tmp_pat
   wide = rng.normal(size=(64, 16)).astype(np.float32)
   thin = wide * np.array([1.0] * 2 + [0.01] * 14, np.float32) + 1
   near = wide + 0.1 * rng.normal(size=wide.shape).astype(np.float32)
-  given = iter(
-    [(wide, np.arange(64)), (near[1:], np.arange(1, 64)), (thin, np.arange(64))]
-  )  # once the first is unreadable
+  every = np.arange(64)
+  given = iter([(wide, every), (near[1:], every[1:]), (thin, every)])  # once the first image is unreadable
   extractor = types.SimpleNamespace(all=lambda *_: Features((got := next(given))[0], None, got[1]))
   method = types.SimpleNamespace(encoder=lambda *_: None)
   images = types.SimpleNamespace(thinned=lambda count: range(64))
@@ -108,6 +108,12 @@ def test_without_labels_the_latest_state_that_keeps_its_rank_is_the_best(tmp_pat
   np.testing.assert_allclose(rows[1]["start_cosine"], cosine(near[1:], wide[1:]), rtol=1e-5)
   assert [row["guard"] for row in rows] == [0, 10, -1] and guard.best_step(rows) == 10
   assert guard.in_words(rows)[1] == "restore_encoder and every evaluation take step 10"
+  fewer, cut, gone = (lambda path: np.save(path, wide[1:])), (lambda path: path.write_bytes(b"")), pathlib.Path.unlink
+  for spoil in (fewer, cut, gone):
+    spoil(tmp_path / "start_features.npy")
+    given = iter([(wide, every)])
+    with pytest.raises(UserError, match=r"start_features.npy, with which .*, is gone or damaged"):
+      guard.measure(run, state, 30, tmp_path, None)
   equal = [row | {"knn_top1": 90.0, "guard": 90.0} for row in rows]
   assert guard.in_words(equal)[1].startswith(
     "no state was better than the start, and of equal ones the latest counts: "

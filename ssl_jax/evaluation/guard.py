@@ -46,8 +46,11 @@ def measure(
       scratch.write_bytes(held.getvalue())
   try:
     start = np.load(path)
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}, with which this run compares its features, is gone or damaged: begin anew.") from error
+    if start.shape != now.shape:
+      raise ValueError(f"it holds {start.shape}, and the features are {now.shape}")
+  except (OSError, EOFError, ValueError) as error:
+    told = f"{path}, with which this run compares its features, is gone or damaged ({error}): begin anew."
+    raise UserError(told) from error
   both = np.isfinite(now[:, 0]) & np.isfinite(start[:, 0])  # readable then and now
   now, start = now[both], start[both]
   norms = np.linalg.norm(now, axis=1) * np.linalg.norm(start, axis=1)
