@@ -142,6 +142,11 @@ def test_work_on_anything_else_is_refused_and_a_damaged_part_made_again(tmp_path
   for other, why in ((tmp_path, "is a folder"), (tmp_path / "loose.npy", "holds one array, without names")):
     with pytest.raises(UserError, match=f"{why}: give a file that embed wrote"):
       embeddings.read(other)
+  (tmp_path / "empty.npz").write_bytes(b"")
+  (tmp_path / "loose.npy").rename(tmp_path / "renamed.npz")
+  for name in ("empty.npz", "renamed.npz"):
+    with pytest.raises(UserError, match=f"{name} does not hold embeddings, or is damaged: it is no archive of arrays"):
+      embeddings.read(tmp_path / name)
   with pytest.raises(UserError, match=r"x\.npz\.parts was made from something else \(weights: w there, now v\)"):
     write(out, {**ABOUT, "weights": "v"})
   part = tmp_path / "x.npz.parts" / "000001.npz"

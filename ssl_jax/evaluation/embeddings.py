@@ -295,6 +295,8 @@ def _write_npz(path, arrays):
 
 
 def _read_npz(path):
+  if not zipfile.is_zipfile(path):  # an empty file or a single array, which NumPy reads in another way
+    raise zipfile.BadZipFile("it is no archive of arrays")
   with np.load(path) as archive:
     names = set(archive.files)
     about = json.loads(str(archive["about"])) if "about" in names else {}
