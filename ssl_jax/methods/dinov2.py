@@ -36,6 +36,8 @@ from ssl_jax.models.heads import DINOHead
 from ssl_jax.models.vit import ViT
 from ssl_jax.settings import number, one_of, size, span, temperature, text, weight, whole
 
+MASK_SHARE, MASK_RATIOS = 0.5, (0.1, 0.5)  # the official defaults: of the global crops, and of the patches of one
+
 
 @struct.dataclass
 class DINOv2State:
@@ -67,8 +69,8 @@ def dinov2(
   center_momentum: float = 0.9,
   patch_weight: float = 1.0,
   koleo_weight: float = 0.1,
-  mask_share: float = 0.5,
-  mask_ratios: Sequence[float] = (0.1, 0.5),
+  mask_share: float = MASK_SHARE,
+  mask_ratios: Sequence[float] = MASK_RATIOS,
   axis_name: str | None = None,
   microbatch: int | None = None,
 ) -> Method:
@@ -274,7 +276,7 @@ SETTINGS = dict(
 
 def check_masks(settings: Any, crops: int, patches: int) -> None:
   """Raises UserError for settings under which no patch can be masked: the loss of the patches would be 0 for ever."""
-  share, ratios = settings.get("mask_share", 0.5), settings.get("mask_ratios", (0.1, 0.5))
+  share, ratios = settings.get("mask_share", MASK_SHARE), settings.get("mask_ratios", MASK_RATIOS)
   if int(share * crops) == 0:
     raise UserError(f"method.mask_share={share} of {crops} global crops masks none: take a larger share or batch.")
   if int(ratios[1] * patches) == 0:
