@@ -230,13 +230,14 @@ def _batch(data, device, config, settle):
   settle(r"batch_size", batch)
   size = config.batch_size // parts
   group = _divisor(size, GROUP)
-  group = group if group >= min(size, GROUP // 4) else size  # a batch of 67 has no smaller group
+  group = group if group >= min(size, GROUP // 4) else size  # 67 images are one group: 67 divides by nothing smaller
   why = "normalised together on any device, by any microbatch"
   settle(r"(encoder|method\.\w+)\.bn_group_size", lambda key: (group, why))
   half = _divisor(size, min(size // 2, 32))
-  several = "keys are shuffled between groups: there must be several"
-  alone = "each image is normalised by itself: take another batch_size" if half == 1 else several
-  settle(r"method\.bn_group_size", lambda key: (half, alone))
+  shuffled = "keys are shuffled between groups: there must be several"
+  if half == 1:
+    shuffled = "each image is normalised by itself: take another batch_size"
+  settle(r"method\.bn_group_size", lambda key: (half, shuffled))
 
   def queue(key):
     length = min(65_536, 2 ** int(math.log2(max(data.images / 3, config.batch_size))))
