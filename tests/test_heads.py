@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from test_all_methods import in_memory
-from test_linear import old_run as old_run
+from test_eval_linear import old_run as old_run
 
 import eval_linear
 from ssl_jax.augment import EvaluationView

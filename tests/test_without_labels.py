@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 from test_all_methods import in_memory
 from test_decide import recipe
-from test_linear import old_run as old_run
+from test_eval_linear import old_run as old_run
 
 from ssl_jax import augment, data, monitors
 from ssl_jax.augment import EvaluationView, View
